@@ -1,0 +1,237 @@
+"""The command line. Imports nothing heavy: TensorFlow and PyTorch live in child processes (process.py)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from electra_wrap import __version__, profile
+from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError
+
+DEFAULT_PROFILE = "spanish-tiny"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"electra_wrap: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line (with the program's name first)."""
+    flags.FLAGS(argv[:1])  # absl's own flags stay at their defaults
+    parser = _Parser(prog="python -m electra_wrap", description=sys.modules["electra_wrap"].__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(function: Any, help: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(function.__name__, help=help, description=help)
+        command.set_defaults(function=function)
+        return command
+
+    def add_profile(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--profile",
+            default=DEFAULT_PROFILE,
+            metavar="NAME|FILE",
+            help=f"name from `profiles` or a TOML file (default: {DEFAULT_PROFILE})",
+        )
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a key of the profile, e.g. train.steps=100",
+        )
+
+    def add_run_dir(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--run-dir", metavar="DIR", help="run directory (default: runs/PROFILE)")
+
+    def add_upstream(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--upstream", metavar="SRC", help="URL, clone, bare mirror or bundle of upstream")
+
+    command = add(run, "train a model: text in, discriminator and generator out")
+    add_profile(command)
+    add_run_dir(command)
+    add_upstream(command)
+    command.add_argument("--until", metavar="STAGE", help="stop after corpus, vocab, tfrecords, train, convert or check")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be done, and why")
+
+    add(profiles, "list the profiles that ship")
+
+    command = add(show, "print a profile, or what is derived from it, as JSON")
+    add_profile(command)
+    add_run_dir(command)
+    command.add_argument("--what", choices=["profile", "hparams", "discriminator", "generator"], default="profile")
+
+    add_upstream(add(vendor, "fetch, verify and patch google-research/electra"))
+
+    command = add(convert, "convert a TensorFlow checkpoint for transformers")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="directory, or prefix like model.ckpt-1000")
+    command.add_argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written")
+    command.add_argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written")
+    command.add_argument("--model", choices=["both", *profile.NETWORKS], default="both")
+    command.add_argument("--lowercase", action="store_true", help="the model was trained on lowercased text")
+    command.add_argument("--strip-accents", action="store_true", help="… and without accents")
+
+    command = add(detect, "ask a discriminator which tokens were replaced")
+    command.add_argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator")
+    command.add_argument("text", nargs="+", metavar="TEXT")
+    command.add_argument("--verbose", action="store_true", help="show the probabilities")
+    command.add_argument("--json", action="store_true")
+
+    command = add(tensorboard, "open TensorBoard on a run")
+    add_profile(command)
+    add_run_dir(command)
+    return parser.parse_args(argv[1:])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from electra_wrap import stages
+
+    known = stages.names()
+    until = arguments.until or known[-1]
+    if until not in known:
+        raise UsageError(f"--until {until}: no such stage; the stages are {', '.join(known)}")
+    stages.execute(_run(arguments), until, arguments.dry_run)
+
+
+def profiles(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, description in profile.shipped():
+        table.add_row(name, description)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from electra_wrap import vocab
+
+    loaded = profile.Profile.load(arguments.profile, arguments.set)
+    if arguments.what == "profile":
+        return _print_json(loaded.model_dump())
+    candidates = [_run_dir(arguments) / "vocab.txt", Path(loaded.tokenizer.source)]
+    existing = [path for path in candidates if path.is_file()]
+    if existing:
+        size = len(vocab.read(existing[0]))
+    elif loaded.tokenizer.vocab_size is not None:
+        size = loaded.tokenizer.vocab_size
+    else:
+        raise EnvironmentLacks(
+            "vocab_size is counted from the vocabulary, which is not here yet; first `run --until vocab`"
+        )
+    if arguments.what == "hparams":
+        return _print_json(loaded.hparams(size))
+    _print_json(loaded.hf_config(arguments.what, size))
+
+
+def vendor(arguments: argparse.Namespace) -> None:
+    from electra_wrap.upstream import checkout
+
+    print(checkout.ensure(arguments.upstream))
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from electra_wrap import process
+
+    if arguments.strip_accents and not arguments.lowercase:
+        raise UsageError("--strip-accents has an effect with --lowercase only; give both")
+    out = Path(arguments.out).absolute()
+    process.call(
+        "electra_wrap.weights",
+        {
+            "checkpoint": str(Path(arguments.checkpoint).absolute()),
+            "out": str(out),
+            "vocabulary": arguments.vocab and str(Path(arguments.vocab).absolute()),
+            "networks": list(profile.NETWORKS) if arguments.model == "both" else [arguments.model],
+            "lowercase": arguments.lowercase,
+            "strip_accents": arguments.strip_accents,
+        },
+    )
+    print(out)
+
+
+def detect(arguments: argparse.Namespace) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from electra_wrap import check, process
+
+    model = check.find_discriminator(Path(arguments.model).absolute())
+    results = process.call(
+        "electra_wrap.check",
+        {"task": "detect", "model": str(model), "texts": arguments.text},
+        env=check.ENVIRONMENT,
+    )
+    if arguments.json:
+        return _print_json(results)
+    console = Console()
+    for result in results:
+        table = Table(*result["tokens"], box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_row(*(f"[bold red]{r}[/]" if r else str(r) for r in result["replaced"]))
+        if arguments.verbose:
+            table.add_row(*(f"{p:.3f}" for p in result["probabilities"]))
+        # Not wrapped: a table that is broken across lines cannot be read.
+        console.print(table, width=max(console.width, sum(len(t) + 4 for t in result["tokens"]) + 40), crop=False)
+
+
+def tensorboard(arguments: argparse.Namespace) -> None:
+    directory = _run_dir(arguments) / "models"
+    if not directory.is_dir():
+        raise UsageError(f"{directory.parent} has not trained yet; first `run`")
+    # TensorBoard takes our place: it handles its own signals and messages.
+    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory)])
+
+
+def _run(arguments: argparse.Namespace) -> Any:
+    from electra_wrap.rundir import RunDir
+    from electra_wrap.stages import Run
+
+    loaded = profile.Profile.load(arguments.profile, arguments.set)
+    return Run(loaded, RunDir(_run_dir(arguments)), arguments.upstream)
+
+
+def _run_dir(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.run_dir or Path("runs") / profile.find(arguments.profile).stem)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run a command; errors become one line and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        try:
+            arguments.function(arguments)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; the same command resumes") from None
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise EnvironmentLacks(f"{error.strerror or error}{where}; mend that and run again") from error
+    except ElectraWrapError as error:
+        if arguments.debug:
+            raise
+        if isinstance(error, StageFailed) and error.tail:
+            print(error.tail, file=sys.stderr)
+        print(f"electra_wrap: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def entry_point() -> None:
+    app.run(main, flags_parser=parse)

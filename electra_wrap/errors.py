@@ -1,0 +1,35 @@
+"""The errors a user sees: one line each, and the exit code that goes with it."""
+
+
+class ElectraWrapError(Exception):
+    """What is wrong; what to do. `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class UsageError(ElectraWrapError):
+    """The command or the profile is wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentLacks(ElectraWrapError):
+    """The machine lacks something: upstream, a GPU, disk, network, a package."""
+
+    exit_code = 3
+
+
+class StageFailed(ElectraWrapError):
+    """A stage failed. `tail` holds the last lines of its log."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, tail: str = "") -> None:
+        super().__init__(message)
+        self.tail = tail
+
+
+class Interrupted(ElectraWrapError):
+    """Stopped by a signal; the same command resumes."""
+
+    exit_code = 130

@@ -1,0 +1,164 @@
+"""Child processes: the scripts, and our own modules that need TensorFlow or PyTorch.
+
+TensorFlow and PyTorch abort in one process (TensorFlow 2.21 and triton register the same LLVM options), and
+either costs seconds to import. So the command line imports neither: each has a process of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from electra_wrap import paths
+from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, UsageError
+
+#: What a child gets of our environment: nothing that injects code or that is secret.
+_PASSED = (
+    *("PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "LD_LIBRARY_PATH"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+)
+_PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TF_", "XLA_")
+
+#: Seconds that a child has to save its work after the first signal.
+GRACE = 300
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a child process: ours, cleaned, and `extra`."""
+    passed = {k: v for k, v in os.environ.items() if k in _PASSED or k.startswith(_PASSED_PREFIXES)}
+    return {
+        **passed,
+        "PYTHONPATH": str(paths.PACKAGE.parent),  # the patched scripts import electra_wrap
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",  # a checkout with anything extra in it is refused
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "1",
+        **extra,
+    }
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Run a command, append its output to `log`, pass each line to `on_line`; return its exit code.
+
+    The first SIGINT or SIGTERM asks the command to save and stop, a second one kills it; then Interrupted.
+    """
+    with log.open("a", encoding="utf-8") as file, _signals() as received:
+        child = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we pass it on
+        )
+        received.child = child
+        assert child.stdout is not None
+        for line in child.stdout:
+            file.write(line)
+            file.flush()
+            on_line(line.rstrip("\n"))
+        code = child.wait()
+    if received.count:
+        raise Interrupted("interrupted; the same command resumes")
+    return code
+
+
+class _Received:
+    """Signals received while a child runs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.child: subprocess.Popen[str] | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if self.child is not None and self.child.poll() is None:
+            if self.count == 1:
+                # A script that ignores the request is ended all the same.
+                signal.alarm(GRACE)
+            os.killpg(self.child.pid, signal.SIGTERM if self.count == 1 else signal.SIGKILL)
+
+
+@contextmanager
+def _signals() -> Iterator[_Received]:
+    received = _Received()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.signal(number, received) for number in numbers}
+    try:
+        yield received
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """Return the last lines of a log, blank ones left out."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        return "\n".join(collections.deque((line.rstrip() for line in file if line.strip()), maxlen=lines))
+
+
+def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: Mapping[str, str] = {}) -> Any:
+    """Call `serve`'s function of one of our modules in a process of its own and return its result.
+
+    What it prints goes to `log` (or nowhere). The errors it raises are raised here; anything else it dies of is
+    StageFailed.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", module],
+        env=environment(env),
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        output, noise = child.communicate(json.dumps(job))
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(noise)
+    try:
+        answer = json.loads(output.splitlines()[-1])
+    except (IndexError, ValueError):
+        end = "\n".join(noise.strip().splitlines()[-15:])
+        raise StageFailed(f"{module} ended with code {child.returncode}; see {log or 'above'}", end) from None
+    if "error" in answer:
+        kind: type[ElectraWrapError] = next(
+            (c for c in ElectraWrapError.__subclasses__() if c.__name__ == answer["kind"]), UsageError
+        )
+        raise kind(answer["error"])
+    return answer["result"]
+
+
+def serve(function: Callable[..., Any]) -> None:
+    """The child's side of `call`: read the job from stdin, print the result of `function(**job)` as JSON."""
+    try:
+        answer: dict[str, Any] = {"result": function(**json.load(sys.stdin))}
+    except ElectraWrapError as error:
+        answer = {"error": str(error), "kind": type(error).__name__}
+    print(json.dumps(answer, ensure_ascii=False), flush=True)

@@ -1,0 +1,385 @@
+"""A profile: everything about one model, written once.
+
+`Profile.load` reads configs/NAME.toml (or a file), follows `extends`, applies `--set` and validates. From the
+result come upstream's hparams (`hparams`) and transformers' config.json (`hf_config`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from electra_wrap import paths
+from electra_wrap.errors import UsageError
+
+Network = Literal["discriminator", "generator"]
+NETWORKS: tuple[Network, Network] = ("discriminator", "generator")
+
+#: Hidden size and layers of upstream's model sizes (util/training_utils.py of the pin).
+SIZES = {"small": (256, 12), "base": (768, 12), "large": (1024, 24)}
+
+#: Rows of the position embeddings, whatever the training length (BertConfig's default in the pin).
+MAX_POSITIONS = 512
+
+#: Profiles' paths that are relative to the file that sets them.
+_PATH_KEYS = ("corpus.source", "tokenizer.source")
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Corpus(_Section):
+    """Where the text comes from, and how it is divided."""
+
+    source: str | list[str]
+    max_lines: Positive | None = None
+    blank_lines_separate_documents: bool = True
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    shards: Positive = 4
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.source] if isinstance(self.source, str) else list(self.source)
+
+
+class Tokenizer(_Section):
+    """The WordPiece vocabulary and how text is normalised before it."""
+
+    source: str
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    vocab_size: Positive | None = None
+    lowercase: bool = False
+    strip_accents: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Tokenizer:
+        _require(
+            self.lowercase or not self.strip_accents,
+            "strip_accents",
+            "upstream strips accents only from lowercased text; set tokenizer.lowercase = true too",
+        )
+        if self.source == "train":
+            _require(self.vocab_size is not None, "vocab_size", 'source = "train" needs it; set it, for example 32000')
+            _require(self.sha256 is None, "sha256", "a vocabulary that is trained has no digest yet; remove it")
+        else:
+            _require(
+                self.vocab_size is None,
+                "vocab_size",
+                'it is counted from the vocabulary; remove it, or set source = "train"',
+            )
+        return self
+
+
+class Model(_Section):
+    """The shape of both networks."""
+
+    size: Literal["small", "base", "large"] = "small"
+    max_seq_length: Annotated[int, Field(ge=8, le=MAX_POSITIONS)] = 128
+    hidden_size: Positive | None = None
+    num_hidden_layers: Positive | None = None
+    embedding_size: Positive | None = None
+    generator_hidden_size: Fraction = 0.25
+    generator_layers: Fraction = 1.0
+    mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        for network, key in (("discriminator", "hidden_size"), ("generator", "generator_hidden_size")):
+            shape = self.shape(network)  # type: ignore[arg-type]
+            _require(
+                shape.hidden_size > 0 and shape.hidden_size % shape.num_attention_heads == 0,
+                key,
+                f"the {network}'s hidden size {shape.hidden_size} is not divisible by its "
+                f"{shape.num_attention_heads} attention heads (hidden size // 64); choose a multiple of 64",
+            )
+            _require(shape.num_hidden_layers > 0, "generator_layers", f"the {network} has no layers; choose more")
+        return self
+
+    def shape(self, network: Network) -> Shape:
+        """Sizes of one network, as run_pretraining.py and util/training_utils.py of the pin derive them."""
+        hidden, layers = SIZES[self.size]
+        hidden, layers = self.hidden_size or hidden, self.num_hidden_layers or layers
+        embedding = self.embedding_size or (128 if self.size == "small" else hidden)
+        if network == "generator":
+            hidden, layers = round(hidden * self.generator_hidden_size), round(layers * self.generator_layers)
+        return Shape(
+            embedding_size=embedding,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, hidden // 64),
+            intermediate_size=4 * hidden,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one network under transformers' names."""
+
+    embedding_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
+class Train(_Section):
+    """Optimisation, checkpoints and the device."""
+
+    steps: Positive
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 10_000
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    save_every: Positive = 1000
+    log_every: Positive = 100
+    keep: Annotated[int, Field(ge=0)] = 5
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["float32", "tf32"] = "float32"
+    xla: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        _require(
+            self.warmup_steps < self.steps,
+            "warmup_steps",
+            f"the learning rate would never arrive in {self.steps} steps; choose fewer, about a tenth of train.steps",
+        )
+        return self
+
+
+class Profile(_Section):
+    """One model's whole description. See the modules' sections for the keys."""
+
+    description: str
+    language: Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$")]
+    model_name: FileName
+    engine: Literal["upstream"] = "upstream"
+    corpus: Corpus
+    tokenizer: Tokenizer
+    model: Model = Field(default_factory=Model)
+    train: Train
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str] = ()) -> Profile:
+        """Read the profile `name` (of configs/, or a path to a TOML file) and apply KEY=VALUE `overrides`.
+
+        Relative paths are taken from the directory of the file that sets them; those of `overrides` from the
+        current directory. UsageError, naming file, key, value and mend, for anything that is not a profile.
+        """
+        values, origin = _read(find(name))
+        for override in overrides:
+            key, value = parse_override(override)
+            _merge(values, _nest(key, value), origin, "--set", Path.cwd())
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UsageError(_explain(error, origin, find(name))) from None
+
+    def hparams(self, vocab_size: int) -> dict[str, Any]:
+        """Upstream's hparams.json: the keys of configure_pretraining.py in the pin, with real JSON types."""
+        shape = self.model.shape("discriminator")
+        return {
+            "model_size": self.model.size,
+            "model_hparam_overrides": {
+                "hidden_size": shape.hidden_size,
+                "num_hidden_layers": shape.num_hidden_layers,
+            },
+            "embedding_size": shape.embedding_size,
+            "vocab_size": vocab_size,
+            "do_lower_case": self.tokenizer.lowercase,
+            "generator_hidden_size": self.model.generator_hidden_size,
+            "generator_layers": self.model.generator_layers,
+            "mask_prob": self.model.mask_prob,
+            "max_seq_length": self.model.max_seq_length,
+            "num_train_steps": self.train.steps,
+            "train_batch_size": self.train.batch_size,
+            "eval_batch_size": self.train.batch_size,
+            "learning_rate": self.train.learning_rate,
+            "num_warmup_steps": self.train.warmup_steps,
+            "weight_decay_rate": self.train.weight_decay,
+            "save_checkpoints_steps": self.train.save_every,
+            "keep_checkpoint_max": self.train.keep,
+            "iterations_per_loop": self.train.log_every,
+            "do_train": True,
+            "do_eval": False,
+            "use_tpu": False,
+        }
+
+    def hf_config(self, network: Network, vocab_size: int) -> dict[str, Any]:
+        """transformers' config.json of one network."""
+        return hf_config(network, self.model.shape(network), vocab_size)
+
+    def flops_per_step(self, vocab_size: int) -> float:
+        """Floating-point operations of one training step of both networks, backward pass included.
+
+        Two for each multiply-add and three passes' worth (one forward, two backward): 6 × weights × tokens for
+        the matrices (Kaplan et al. 2020, section 2.1), 12 × layers × hidden × length for attention's two
+        products, and the generator's softmax over the vocabulary at the masked positions.
+        """
+        tokens = self.train.batch_size * self.model.max_seq_length
+        total = 0.0
+        for network in NETWORKS:
+            shape = self.model.shape(network)
+            weights = shape.num_hidden_layers * 12 * shape.hidden_size**2 + shape.embedding_size * shape.hidden_size
+            attention = 12 * shape.num_hidden_layers * shape.hidden_size * self.model.max_seq_length
+            total += tokens * (6 * weights + attention)
+        masked = self.train.batch_size * int((self.model.mask_prob + 0.005) * self.model.max_seq_length)
+        return total + 6 * masked * self.model.shape("generator").embedding_size * vocab_size
+
+
+def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]:
+    """transformers' config.json of a network of this shape, written by upstream's code (dropout, activation, …)."""
+    architecture = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network]
+    return {
+        "architectures": [architecture],
+        "model_type": "electra",
+        "vocab_size": vocab_size,
+        **dataclasses.asdict(shape),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": MAX_POSITIONS,
+        "type_vocab_size": 2,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+
+
+def shipped() -> Iterator[tuple[str, str]]:
+    """Yield name and description of each profile in configs/."""
+    for path in sorted(paths.CONFIGS.glob("*.toml")):
+        values, _ = _read(path)
+        yield path.stem, str(values.get("description", ""))
+
+
+def find(name: str) -> Path:
+    """Return the file of a profile given by name or by path. UsageError, with the nearest name, if there is none."""
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(f"no profile file {path}; give a TOML file or a name from `electra_wrap profiles`")
+        return path.resolve()
+    path = paths.CONFIGS / f"{name}.toml"
+    known = [file.stem for file in sorted(paths.CONFIGS.glob("*.toml"))]
+    if name not in known:
+        raise UsageError(f"no profile {name!r}{_suggest(name, known)}; the profiles are {', '.join(known)}")
+    return path
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split KEY=VALUE: a dotted key and a TOML value; a bare word is a string."""
+    key, separator, raw = text.partition("=")
+    key = key.strip()
+    if not separator or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+        raise UsageError(f"--set {text!r} is not KEY=VALUE; write for example --set train.steps=100")
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = {}
+    if list(parsed) == ["value"]:
+        return key, parsed["value"]
+    if re.search(r"[\"'\[\]{}\n]", raw):
+        raise UsageError(f"--set {text!r}: the value is neither TOML nor a bare word; quote it as TOML does")
+    return key, raw.strip()
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    """Raise a ValueError that `_explain` can attribute to `key` of the section being validated."""
+    if not condition:
+        raise ValueError(f"{key}\0{message}")
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a profile's values with those it inherits, and for each dotted key the file that set it."""
+    if path in seen:
+        raise UsageError(f"{path}: extends leads back to itself ({' → '.join(p.stem for p in (*seen, path))})")
+    try:
+        own = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid TOML: {' '.join(str(error).split())}; correct the file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; give a readable profile") from None
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if (base := own.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise UsageError(f"{path}: extends = {base!r} is not a name; name one profile")
+        sibling = path.parent / f"{base}.toml"
+        values, origin = _read(sibling if sibling.is_file() else find(base), (*seen, path))
+    _merge(values, own, origin, str(path), path.parent)
+    return values, origin
+
+
+def _merge(
+    values: dict[str, Any], new: dict[str, Any], origin: dict[str, str], where: str, base: Path, prefix: str = ""
+) -> None:
+    """Merge `new` into `values` key by key, resolving relative paths against `base`."""
+    for key, value in new.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(values.get(key, {}), dict):
+            _merge(values.setdefault(key, {}), value, origin, where, base, f"{dotted}.")
+            continue
+        if dotted in _PATH_KEYS:
+            value = [_absolute(v, base) for v in value] if isinstance(value, list) else _absolute(value, base)
+        values[key] = value
+        origin[dotted] = where
+
+
+def _absolute(source: Any, base: Path) -> Any:
+    if not isinstance(source, str) or source in ("", "train") or "://" in source:
+        return source
+    return str(base / Path(source).expanduser())
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:
+    """The first of pydantic's findings as one line: file, key, value, what is wrong and the mend."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "str", "list["))]
+    value, kind, message = first["input"], first["type"], first["msg"]
+    if kind == "value_error":
+        key, _, message = str(first["ctx"]["error"]).partition("\0")
+        location.append(key)
+        value = value.get(key) if isinstance(value, dict) else None
+    dotted = ".".join(location)
+    where = next((origin[k] for k in (dotted, *origin) if k == dotted or k.startswith(f"{dotted}.")), str(path))
+    if kind == "missing":
+        return f"{where}: {dotted} is missing; set it"
+    if kind == "extra_forbidden":
+        model: Any = Profile
+        for part in location[:-1]:
+            model = model.model_fields[part].annotation
+        return f"{where}: unknown key {dotted}{_suggest(location[-1], list(model.model_fields))}; remove or rename it"
+    shown = "" if value is None else f" = {value!r}"
+    if len(shown) > 80:
+        shown = f"{shown[:77]}…"
+    message = " ".join(message.split())
+    return f"{where}: {dotted}{shown}: {message[:1].lower()}{message[1:]}" + (
+        "" if ";" in message else "; correct the value"
+    )
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,73 @@
+"""What a person sees while a stage runs: a bar in a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+#: Messages and progress. Results go to stdout.
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+#: Seconds between lines where stderr is no terminal.
+INTERVAL = 30.0
+
+
+def say(message: str) -> None:
+    """Print one line of message."""
+    console.print(f"electra_wrap: {message}", markup=False)
+
+
+class Meter:
+    """Progress of `total` units; the speed is that of this session's own units."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._first, self._started, self._printed = done, time.monotonic(), 0.0
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn(f"{what} {{task.completed:,}}/{{task.total:,}} {unit}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=False,
+            )
+            self._task = self._bar.add_task(what, total=total, completed=done, note="")
+
+    def __enter__(self) -> Meter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that `done` units are done, with a `note`, e.g. the loss."""
+        now = time.monotonic()
+        speed = (done - self._first) / max(now - self._started, 1e-9)
+        note = f"{note}  {speed:.2f} {self._unit}/s".strip()
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=note)
+        elif done >= self._total or now - self._printed >= INTERVAL:
+            self._printed = now
+            remaining = f", {duration((self._total - done) / speed)} left" if done < self._total and speed else ""
+            say(f"{self._what}: {done:,}/{self._total:,} {self._unit}  {note}{remaining}")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 42 s, 13 min, 5.2 h, 12 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"

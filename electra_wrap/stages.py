@@ -1,0 +1,576 @@
+"""The stages from text to model, in order, and what makes each up to date.
+
+A stage is a function of some keys of the profile and of earlier stages' files. The manifest holds what a stage
+was made from (`inputs`); it is up to date if its inputs are the same and its files are as it left them. What no
+longer fits is set aside, never overwritten; a model that has trained is not even set aside, but refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from electra_wrap import check, corpus, process, vocab
+from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
+from electra_wrap.profile import NETWORKS, Network, Profile
+from electra_wrap.progress import Meter, duration, say
+from electra_wrap.rundir import RunDir, partial, write_json, write_text
+from electra_wrap.upstream import checkout, scripts
+
+#: Text for each record file. Upstream's 1000 files are for a corpus of gigabytes; training mixes the files.
+BYTES_PER_RECORD_FILE = 2**20
+
+#: Keys of hparams.json with which a model may go on: they say how long and how often, not what.
+_CONTINUABLE = ("num_train_steps", "save_checkpoints_steps", "keep_checkpoint_max", "iterations_per_loop")
+
+#: Asked of every converted model: one sentence as it is, one with a word that does not belong.
+QUESTIONS = ("Los pájaros están hablando", "Los pájaros están cantando en la piedra del mañana")
+
+
+@dataclasses.dataclass
+class Run:
+    """One run: a profile in a run directory."""
+
+    profile: Profile
+    directory: RunDir
+    upstream: str | None = None
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.directory / "vocab.txt"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.directory.model_dir(self.profile.model_name)
+
+    def log(self, stage: str) -> Path:
+        return self.directory / "logs" / f"{stage}.log"
+
+    def hparams(self) -> dict[str, Any]:
+        return self.profile.hparams(len(vocab.read(self.vocabulary)))
+
+    def recorded(self, stage: str) -> dict[str, Any]:
+        """The manifest's entry of a stage; empty if it never ran."""
+        return dict(self.directory.manifest["stages"].get(stage, {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage's name, what it is made from, the files it leaves (relative), and the doing, which returns facts."""
+
+    name: str
+    inputs: Callable[[Run], dict[str, Any]]
+    outputs: Callable[[Run], list[str]]
+    do: Callable[[Run], dict[str, Any]]
+    packages: tuple[str, ...] = ()
+    needs_upstream: bool = False
+
+
+# --- corpus ---------------------------------------------------------------------------------------------------
+
+
+def _corpus_files(run: Run) -> list[Path]:
+    return corpus.find_files(run.profile.corpus.sources, run.directory.path)
+
+
+def _corpus_inputs(run: Run) -> dict[str, Any]:
+    keys = run.profile.corpus.model_dump(exclude={"source"})
+    return {
+        "corpus.source": [run.directory.digest(path) for path in _corpus_files(run)],
+        **{f"corpus.{key}": value for key, value in keys.items()},
+    }
+
+
+def _corpus(run: Run) -> dict[str, Any]:
+    keys = run.profile.corpus
+    with partial(run.directory / "heldout") as held_out, partial(run.directory / "corpus") as training:
+        counts = corpus.shard(
+            _corpus_files(run),
+            training,
+            held_out,
+            shards=keys.shards,
+            held_out_fraction=keys.held_out,
+            max_lines=keys.max_lines,
+            blank_lines_separate_documents=keys.blank_lines_separate_documents,
+        )
+    say(f"corpus: {counts.lines:,} lines, {counts.bytes / 1e6:.1f} MB, {counts.held_out_lines:,} lines held out")
+    if counts.invalid_utf8:
+        say(f"corpus: {counts.invalid_utf8:,} lines were not UTF-8; what could not be read was dropped")
+    if keys.held_out and not counts.held_out_lines:
+        say("corpus: no document was held out; raise corpus.held_out or give more documents")
+    return dataclasses.asdict(counts)
+
+
+# --- vocab ----------------------------------------------------------------------------------------------------
+
+
+def _vocab_inputs(run: Run) -> dict[str, Any]:
+    keys = run.profile.tokenizer
+    if keys.source == "train":
+        return {
+            "tokenizer.source": "train",
+            "tokenizer.vocab_size": keys.vocab_size,
+            "tokenizer.lowercase": keys.lowercase,
+            "tokenizer.strip_accents": keys.strip_accents,
+            "corpus": run.directory.digest(run.directory / "corpus"),
+        }
+    if keys.source.startswith("hf://"):
+        return {"tokenizer.source": keys.source, "tokenizer.sha256": keys.sha256}
+    path = Path(keys.source)
+    if not path.is_file():
+        raise UsageError(f"tokenizer.source = {keys.source!r}: no such file; give a vocab.txt, hf://REPOSITORY or train")
+    return {"tokenizer.source": run.directory.digest(path), "tokenizer.sha256": keys.sha256}
+
+
+def _vocab(run: Run) -> dict[str, Any]:
+    keys = run.profile.tokenizer
+    if keys.source == "train":
+        assert keys.vocab_size is not None
+        vocab.train(
+            run.directory / "corpus",
+            run.vocabulary,
+            vocab_size=keys.vocab_size,
+            lowercase=keys.lowercase,
+            strip_accents=keys.strip_accents,
+        )
+    else:
+        vocab.fetch(keys.source, run.vocabulary, keys.sha256)
+    size = len(vocab.read(run.vocabulary))
+    say(f"vocab: {size:,} tokens")
+    return {"vocab_size": size}
+
+
+# --- tfrecords ------------------------------------------------------------------------------------------------
+
+
+def _tfrecords_inputs(run: Run) -> dict[str, Any]:
+    keys = run.profile.tokenizer
+    return {
+        "corpus": run.directory.digest(run.directory / "corpus"),
+        "held-out corpus": run.directory.digest(run.directory / "heldout"),
+        "vocabulary": run.directory.digest(run.vocabulary),
+        "model.max_seq_length": run.profile.model.max_seq_length,
+        "tokenizer.lowercase": keys.lowercase,
+        "tokenizer.strip_accents": keys.strip_accents,
+        "corpus.blank_lines_separate_documents": run.profile.corpus.blank_lines_separate_documents,
+        "train.seed": run.profile.train.seed,
+    }
+
+
+def record_files(text_bytes: int, shards: int) -> int:
+    """Number of record files for so much text: about one for each MiB, a multiple of `shards`, at most 1000 or so."""
+    wanted = min(1000, max(1, text_bytes // BYTES_PER_RECORD_FILE))
+    return shards * max(1, round(wanted / shards))
+
+
+def _tfrecords(run: Run) -> dict[str, Any]:
+    source = checkout.ensure(run.upstream)
+    with (
+        partial(run.directory / "heldout_tfrecords") as held_out,
+        partial(run.directory / "pretrain_tfrecords") as training,
+    ):
+        _build(run, source, run.directory / "heldout", held_out)
+        _build(run, source, run.directory / "corpus", training)
+    examples = sum(_count(path) for path in (run.directory / "pretrain_tfrecords").iterdir())
+    epochs = run.profile.train.steps * run.profile.train.batch_size / max(1, examples)
+    say(f"tfrecords: {examples:,} examples; {run.profile.train.steps:,} steps are {epochs:.2g} epochs")
+    if not examples:
+        raise UsageError("the corpus gives no example; give more text")
+    return {"examples": examples}
+
+
+def _build(run: Run, source: Path, text: Path, records: Path) -> None:
+    """Build the records of the shards in `text` with one process for each."""
+    parts = sorted(text.glob("*.txt"))
+    size = sum(path.stat().st_size for path in parts)
+    if not size:  # upstream would write one example of no tokens
+        records.mkdir()
+        return
+    keys = run.profile
+    wanted = scripts.Records(
+        corpus=text,
+        vocabulary=run.vocabulary,
+        output=records,
+        max_seq_length=keys.model.max_seq_length,
+        processes=len(parts),
+        files=record_files(size, len(parts)),
+        lowercase=keys.tokenizer.lowercase,
+        strip_accents=keys.tokenizer.strip_accents,
+        blank_lines_separate_documents=keys.corpus.blank_lines_separate_documents,
+        seed=keys.train.seed,
+    )
+    with Meter(f"tfrecords of {text.name}", len(parts), "shards") as meter:
+        scripts.build_records(source, wanted, run.log("tfrecords"), meter.update)
+
+
+def _count(path: Path) -> int:
+    """Number of records in a TFRecord file: 8 bytes of length, 4 of checksum, the record, 4 of checksum."""
+    number = 0
+    with path.open("rb") as file:
+        while header := file.read(12):
+            file.seek(int.from_bytes(header[:8], "little") + 4, 1)
+            number += 1
+    return number
+
+
+# --- train ----------------------------------------------------------------------------------------------------
+
+
+def _train_inputs(run: Run) -> dict[str, Any]:
+    hparams = run.hparams()
+    return {
+        **{key: value for key, value in hparams.items() if key not in _CONTINUABLE},
+        "records": run.directory.digest(run.directory / "pretrain_tfrecords"),
+        "vocabulary": run.directory.digest(run.vocabulary),
+        "train.seed": run.profile.train.seed,
+    }
+
+
+def _train(run: Run) -> dict[str, Any]:
+    keys = run.profile.train
+    source = checkout.ensure(run.upstream)
+    gpu = choose_device(run)
+    start = scripts.latest_step(run.model_dir) or 0
+    write_json(run.directory / "hparams.json", run.hparams())
+    if start:
+        say(f"train: resumes at step {start:,} of {keys.steps:,}")
+    losses: dict[int, float] = {}
+    began = time.monotonic()
+    with Meter("train", keys.steps, "steps", start) as meter:
+
+        def step(number: int, loss: float) -> None:
+            losses[number] = loss
+            meter.update(number, f"loss {loss:.4f}")
+
+        try:
+            scripts.train(
+                source,
+                run.directory.path,
+                run.profile.model_name,
+                run.directory / "hparams.json",
+                seed=keys.seed,
+                precision=keys.precision,
+                xla=keys.xla,
+                gpu=gpu,
+                log=run.log("train"),
+                on_step=step,
+            )
+        except Interrupted:
+            reached = scripts.latest_step(run.model_dir) or 0
+            raise Interrupted(f"interrupted; step {reached:,} is saved, the same command resumes there") from None
+    reached = scripts.latest_step(run.model_dir)
+    if reached != keys.steps:
+        raise StageFailed(f"training ended at step {reached}, not {keys.steps}; see {run.log('train')}")
+    return {
+        "device": "gpu" if gpu else "cpu",
+        "from_step": start,
+        "step": reached,
+        "final_loss": losses.get(max(losses)) if losses else None,
+        "seconds_training": round(time.monotonic() - began, 1),
+    }
+
+
+def choose_device(run: Run) -> bool:
+    """Return whether to train on the GPU. EnvironmentLacks if the profile wants one and TensorFlow sees none."""
+    wanted = run.profile.train.device
+    gpus = [] if wanted == "cpu" else scripts.visible_gpus()
+    if gpus:
+        say(f"train: on {gpus[0]}")
+        return True
+    if wanted == "gpu":
+        raise EnvironmentLacks(
+            'train.device = "gpu", but TensorFlow sees none; install electra-wrap[gpu] and the NVIDIA driver '
+            "(check with nvidia-smi), or --set train.device=cpu"
+        )
+    left = run.profile.train.steps - (scripts.latest_step(run.model_dir) or 0)
+    seconds = left * run.profile.flops_per_step(len(vocab.read(run.vocabulary))) / _cpu_flops()
+    say(f"train: on the CPU; {left:,} steps will take about {duration(seconds)} ({seconds / 3600:.1f} hours) at best")
+    return False
+
+
+def _cpu_flops() -> float:
+    """Measured floating-point operations a second of a float32 matrix product, the best of five."""
+    n = 1024
+    matrix = np.ones((n, n), np.float32)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+# --- convert and check ----------------------------------------------------------------------------------------
+
+
+def _convert_inputs(run: Run) -> dict[str, Any]:
+    step = scripts.latest_step(run.model_dir)
+    return {
+        "checkpoint": run.directory.digest(run.model_dir / f"model.ckpt-{step}.index"),
+        "checkpoint data": run.directory.digest(run.model_dir / f"model.ckpt-{step}.data-00000-of-00001"),
+        "vocabulary": run.directory.digest(run.vocabulary),
+        "tokenizer.lowercase": run.profile.tokenizer.lowercase,
+        "tokenizer.strip_accents": run.profile.tokenizer.strip_accents,
+        "description": run.profile.description,
+    }
+
+
+def _convert(run: Run) -> dict[str, Any]:
+    step = scripts.latest_step(run.model_dir)
+    size = len(vocab.read(run.vocabulary))
+    with partial(run.directory / "hf") as out:
+        facts = process.call(
+            "electra_wrap.weights",
+            {
+                "checkpoint": str(run.model_dir / f"model.ckpt-{step}"),
+                "out": str(out),
+                "vocabulary": str(run.vocabulary),
+                "lowercase": run.profile.tokenizer.lowercase,
+                "strip_accents": run.profile.tokenizer.strip_accents,
+                "expected": {network: run.profile.hf_config(network, size) for network in NETWORKS},
+            },
+            log=run.log("convert"),
+        )
+        for network in NETWORKS:
+            write_text(out / network / "README.md", model_card(run, network, step or 0))
+    say(f"convert: step {step:,} is in {run.directory / 'hf'}")
+    return {"variables": facts["variables"]}
+
+
+def model_card(run: Run, network: Network, step: int) -> str:
+    """Return the README.md of an exported model, with the metadata that the hub reads."""
+    profile, pin = run.profile, checkout.Pin.read()
+    model_class = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network]
+    shape = profile.model.shape(network)
+    lines = run.recorded("corpus").get("facts", {}).get("lines", 0)
+    return f"""---
+language: {profile.language}
+library_name: transformers
+tags:
+- electra
+- {network}
+---
+
+# {profile.model_name} ({network})
+
+{profile.description}.
+
+An ELECTRA {network} with {shape.num_hidden_layers} layers of {shape.hidden_size}, trained for {step:,} steps of \
+{profile.train.batch_size} sequences of {profile.model.max_seq_length} tokens on {lines:,} lines of text, with \
+[google-research/electra]({pin.url.removesuffix(".git")}) at `{pin.commit[:12]}` driven by electra_wrap.
+
+```python
+from transformers import AutoTokenizer, {model_class}
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = {model_class}.from_pretrained("PATH")
+```
+
+Text is {"lowercased" if profile.tokenizer.lowercase else "cased"}, accents are \
+{"stripped" if profile.tokenizer.strip_accents else "kept"}. Licence and training data are yours to name here.
+"""
+
+
+def _check_inputs(run: Run) -> dict[str, Any]:
+    return {"hf": run.directory.digest(run.directory / "hf")}
+
+
+def _check(run: Run) -> dict[str, Any]:
+    facts = process.call(
+        "electra_wrap.check",
+        {"task": "check", "directory": str(run.directory / "hf"), "texts": list(QUESTIONS)},
+        log=run.log("check"),
+        env=check.ENVIRONMENT,
+    )
+    say("check: discriminator and generator load in transformers and answer")
+    return cast(dict[str, Any], facts)
+
+
+# --- the run --------------------------------------------------------------------------------------------------
+
+STAGES = (
+    Stage("corpus", _corpus_inputs, lambda run: ["corpus", "heldout"], _corpus),
+    Stage("vocab", _vocab_inputs, lambda run: ["vocab.txt"], _vocab, ("tokenizers",)),
+    Stage(
+        "tfrecords",
+        _tfrecords_inputs,
+        lambda run: ["pretrain_tfrecords", "heldout_tfrecords"],
+        _tfrecords,
+        ("tensorflow",),
+        needs_upstream=True,
+    ),
+    Stage("train", _train_inputs, lambda run: [], _train, ("tensorflow",), needs_upstream=True),
+    Stage("convert", _convert_inputs, lambda run: ["hf"], _convert, ("tensorflow", "safetensors")),
+    Stage("check", _check_inputs, lambda run: [], _check, ("transformers", "torch")),
+)
+
+
+def names() -> list[str]:
+    return [stage.name for stage in STAGES]
+
+
+def reason(run: Run, stage: Stage) -> str | None:
+    """Return why a stage has to be done; None if it is up to date.
+
+    UsageError, naming both values, if it is training and the model there was trained with something else.
+    """
+    recorded = run.recorded(stage.name)
+    if stage.name == "train":
+        return _train_reason(run, recorded, _train_inputs(run))
+    if not recorded:
+        return "not done yet"
+    if recorded["outcome"] != "done":
+        return recorded["outcome"]
+    if changed := _difference(recorded["inputs"], stage.inputs(run)):
+        return changed
+    for name in stage.outputs(run):
+        path = run.directory / name
+        if not path.exists():
+            return f"{name} is missing"
+        if run.directory.digest(path) != recorded["outputs"].get(name):
+            return f"{name} is not as this stage left it"
+    return None
+
+
+def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:
+    step, steps = scripts.latest_step(run.model_dir), run.profile.train.steps
+    if step is None:
+        return "not done yet"
+    if not recorded or recorded["model_name"] != run.profile.model_name:
+        raise UsageError(
+            f"{run.model_dir} has a model that this run did not train; choose another model_name or --run-dir"
+        )
+    if changed := _difference(recorded["inputs"], inputs):
+        raise UsageError(
+            f"{run.model_dir} has a model trained for {step:,} steps, and {changed}; set that back, "
+            "or train another model with --set model_name=NAME or --run-dir DIR"
+        )
+    if step > steps:
+        raise UsageError(f"{run.model_dir} is at step {step:,}, train.steps = {steps}; set train.steps={step} or more")
+    if step < steps:
+        return f"at step {step:,} of {steps:,}"
+    return None if recorded["outcome"] == "done" else recorded["outcome"]
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Say which input changed, from what to what; None if none did."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            return f"{key} was {_short(old)} and is {_short(new)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(v) for v in value[:3]) + (", …]" if len(value) > 3 else "]")
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def plan(run: Run, until: str) -> list[tuple[Stage, str]]:
+    """Return the stages that have to be done, each with the reason, without doing anything.
+
+    What a stage after one that is to be redone will need cannot be known yet: it is listed as following it.
+    UsageError as `reason`, and if redoing a stage would leave a trained model without what it was trained on.
+    """
+    todo: list[tuple[Stage, str]] = []
+    for stage in STAGES[: names().index(until) + 1]:
+        if not todo:
+            why = reason(run, stage)
+        else:
+            why = f"follows {todo[-1][0].name}"
+            if stage.name == "train":
+                _refuse_other_model(run, todo[0])
+        if why is not None:
+            todo.append((stage, why))
+    return todo
+
+
+def _refuse_other_model(run: Run, first: tuple[Stage, str]) -> None:
+    """Raise UsageError if a model is there already and its data is about to become other data."""
+    stage, why = first
+    step, recorded = scripts.latest_step(run.model_dir), run.recorded(stage.name)
+    if step is None:
+        return
+    if not recorded or _difference(recorded["inputs"], stage.inputs(run)):
+        raise UsageError(
+            f"{run.model_dir} has a model trained for {step:,} steps, and its data would change ({stage.name}: {why}); "
+            "set that back, or use another --run-dir"
+        )
+
+
+def execute(run: Run, until: str, dry_run: bool = False) -> None:
+    """Do what has to be done up to the stage `until`; say what and why."""
+    began = time.monotonic()
+    if dry_run:
+        for stage, why in plan(run, until):
+            say(f"would do: {stage.name} ({why})")
+        return
+    with run.directory.lock():
+        todo = plan(run, until)
+        for stage, why in todo:
+            say(f"to do: {stage.name} ({why})")
+        if any(stage.needs_upstream for stage, _ in todo):
+            checkout.ensure(run.upstream)  # before hours of other work
+        if any(stage.name == "train" for stage, _ in todo) and run.profile.train.device == "gpu":
+            choose_device(run)
+        (run.directory / "logs").mkdir(exist_ok=True)
+        write_json(run.directory / "profile.json", run.profile.model_dump())
+        done = 0
+        for stage in STAGES[: names().index(until) + 1]:
+            if reason(run, stage) is not None:
+                _do(run, stage)
+                done += 1
+        run.directory.save()
+    what = f"{done} of {names().index(until) + 1} stages done" if done else "nothing to do: everything is up to date"
+    say(f"{what}, {duration(time.monotonic() - began)}")
+
+
+def _do(run: Run, stage: Stage) -> None:
+    """Do one stage; write into the manifest what it was made from before, and how it ended after."""
+    recorded = run.recorded(stage.name)
+    for name in stage.outputs(run):
+        if aside := run.directory.set_aside(run.directory / name):
+            say(f"{stage.name}: the former {name} is now {aside.name}")
+    entry: dict[str, Any] = {
+        "outcome": "interrupted",
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "inputs": stage.inputs(run),
+        "versions": versions(stage),
+    }
+    if stage.name == "train":
+        entry["model_name"] = run.profile.model_name
+        if recorded and recorded["versions"] != entry["versions"]:
+            say(f"train: continues with other versions: {_difference(recorded['versions'], entry['versions'])}")
+    run.directory.manifest["stages"][stage.name] = entry
+    run.directory.save()
+    began = time.monotonic()
+    try:
+        entry["facts"] = stage.do(run)
+    except Interrupted:
+        raise
+    except Exception:
+        entry["outcome"] = "failed"
+        raise
+    else:
+        entry["outcome"] = "done"
+        entry["outputs"] = {name: run.directory.digest(run.directory / name) for name in stage.outputs(run)}
+    finally:
+        entry["seconds"] = round(time.monotonic() - began, 1)
+        run.directory.save()
+
+
+def versions(stage: Stage) -> dict[str, str]:
+    """Return the versions of what a stage is done with: packages, and for upstream's scripts pin and patches."""
+    found = {package: importlib.metadata.version(package) for package in stage.packages}
+    if stage.needs_upstream:
+        pin = checkout.Pin.read()
+        found |= {"upstream": pin.commit, "patched upstream": pin.patched_tree}
+    return found

@@ -1,0 +1,128 @@
+"""The two scripts as subprocesses: their arguments, their environment, and what their output says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from electra_wrap import process
+from electra_wrap.errors import StageFailed
+
+#: A line of upstream's ETAHook, e.g. `20/200 = 10.0%, SPS: 3.1, ELAP: 9, ETA: 58 - loss: 41.2034`.
+_STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
+_JOB_DONE = re.compile(r"^Job (\d+): Done!$")
+_JOB_FILES = re.compile(r"^Job (\d+): processed (\d+)/(\d+) files")
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What build_pretraining_dataset.py is asked for."""
+
+    corpus: Path
+    vocabulary: Path
+    output: Path
+    max_seq_length: int
+    processes: int
+    files: int
+    lowercase: bool
+    strip_accents: bool
+    blank_lines_separate_documents: bool
+    seed: int
+
+    def arguments(self) -> list[str]:
+        return [
+            f"--corpus-dir={self.corpus}",
+            f"--vocab-file={self.vocabulary}",
+            f"--output-dir={self.output}",
+            f"--max-seq-length={self.max_seq_length}",
+            f"--num-processes={self.processes}",
+            f"--num-out-files={self.files}",
+            f"--blanks-separate-docs={self.blank_lines_separate_documents}",
+            f"--seed={self.seed}",
+            "--do-lower-case" if self.lowercase else "--no-lower-case",
+            "--do-strip-accents" if self.strip_accents else "--no-strip-accents",
+        ]
+
+
+def build_records(checkout: Path, records: Records, log: Path, on_file: Callable[[int], None]) -> None:
+    """Run build_pretraining_dataset.py; `on_file` gets the number of processes that are done.
+
+    The script ends with code 0 even if one of its processes died, so each one's own last word is waited for.
+    """
+    done: set[str] = set()
+
+    def read(line: str) -> None:
+        if match := _JOB_DONE.match(line):
+            done.add(match[1])
+            on_file(len(done))
+
+    _run(checkout, "build_pretraining_dataset.py", records.arguments(), log, {"CUDA_VISIBLE_DEVICES": "-1"}, read)
+    if len(done) != records.processes:
+        missing = ", ".join(str(i) for i in range(records.processes) if str(i) not in done)
+        raise StageFailed(
+            f"build_pretraining_dataset.py: process {missing} died before its end; the whole log is {log}",
+            process.tail(log),
+        )
+
+
+def train(
+    checkout: Path,
+    data_dir: Path,
+    model_name: str,
+    hparams: Path,
+    *,
+    seed: int,
+    precision: str,
+    xla: bool,
+    gpu: bool,
+    log: Path,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Run run_pretraining.py until the profile's last step; `on_step` gets step and loss of each logged line."""
+
+    def read(line: str) -> None:
+        if match := _STEP.match(line):
+            on_step(int(match[1]), float(match[3]))
+
+    environment = {
+        "ELECTRA_WRAP_RUNTIME": json.dumps({"seed": seed, "precision": precision, "xla": xla}),
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
+        # XLA compiles for the CPU only when told so here.
+        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpu else {}),
+    }
+    arguments = [f"--data-dir={data_dir}", f"--model-name={model_name}", f"--hparams={hparams}"]
+    _run(checkout, "run_pretraining.py", arguments, log, environment, read)
+
+
+def _run(
+    checkout: Path, script: str, arguments: list[str], log: Path, extra: dict[str, str], on_line: Callable[[str], None]
+) -> None:
+    argv = [sys.executable, "-s", str(checkout / script), *arguments]
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(argv)}\n")
+    code = process.run(argv, cwd=checkout, env=process.environment(extra), log=log, on_line=on_line)
+    if code:
+        raise StageFailed(f"{script} ended with code {code}; the whole log is {log}", process.tail(log))
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that TensorFlow sees, asked in a process of its own."""
+    names: list[str] = process.call("electra_wrap.upstream.gpus", {})
+    return names
+
+
+def latest_step(model_dir: Path) -> int | None:
+    """Step of the latest checkpoint that upstream's `checkpoint` file names, if that is there."""
+    try:
+        text = (model_dir / "checkpoint").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    match = re.search(r'^model_checkpoint_path: ".*model\.ckpt-(\d+)"$', text, re.M)
+    if match is None or not (model_dir / f"model.ckpt-{match[1]}.index").is_file():
+        return None
+    return int(match[1])

@@ -1,0 +1,72 @@
+"""The `tf` that the patched scripts see: TensorFlow 2's v1 API plus what TensorFlow 1.15 had and 2.21 has not.
+
+The patches bind this module's `tf` over the scripts' own `import tensorflow.compat.v1 as tf`. Three things
+are put back: `tf.estimator` (see estimator.py), `tf.layers.dense`, and contrib's `layer_norm`. Variable names
+and initial distributions are TensorFlow 1.15's, because checkpoints are read by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow.compat.v1 as tf1
+
+from electra_wrap.upstream import estimator
+
+tf1.disable_v2_behavior()
+# Reference variables, which disable_v2_behavior() brings back, are invisible to XLA. Names and values in a
+# checkpoint are the same for both kinds.
+tf1.enable_resource_variables()
+
+
+class Layers:
+    """`tf.layers` as far as the scripts use it; Keras 3 no longer provides it."""
+
+    @staticmethod
+    def dense(
+        inputs: Any, units: int, activation: Any = None, kernel_initializer: Any = None, name: str | None = None
+    ) -> Any:
+        """Return `activation(inputs @ kernel + bias)` over the last axis: [..., n] to [..., units].
+
+        Unnamed layers are `dense`, `dense_1`, … within their variable scope. Without an initializer the kernel
+        is Glorot-uniform; the bias starts at zero.
+        """
+        width = int(inputs.shape[-1])
+        with tf1.variable_scope(name, default_name="dense"):
+            kernel = tf1.get_variable(
+                "kernel", [width, units], initializer=kernel_initializer or tf1.glorot_uniform_initializer()
+            )
+            bias = tf1.get_variable("bias", [units], initializer=tf1.zeros_initializer())
+            shape = tf1.shape(inputs)
+            # One matrix product whatever the rank; a batched product of rank 3 is slower and rounds differently.
+            flat = inputs if inputs.shape.ndims == 2 else tf1.reshape(inputs, [-1, width])
+            outputs = tf1.nn.bias_add(tf1.matmul(flat, kernel), bias)
+            if inputs.shape.ndims != 2:
+                outputs = tf1.reshape(outputs, tf1.concat([shape[:-1], [units]], 0))
+                outputs.set_shape(inputs.shape[:-1].concatenate(units))
+            return outputs if activation is None else activation(outputs)
+
+    @staticmethod
+    def layer_norm(inputs: Any, begin_norm_axis: int = -1, begin_params_axis: int = -1, scope: str | None = None) -> Any:
+        """Normalise the last axis as tf.contrib.layers.layer_norm does: epsilon 1e-12, variables `beta`, `gamma`."""
+        if (begin_norm_axis, begin_params_axis) != (-1, -1):
+            raise ValueError("only the last axis can be normalised")
+        width = [int(inputs.shape[-1])]
+        with tf1.variable_scope(scope, default_name="LayerNorm"):
+            beta = tf1.get_variable("beta", width, initializer=tf1.zeros_initializer())
+            gamma = tf1.get_variable("gamma", width, initializer=tf1.ones_initializer())
+        mean, variance = tf1.nn.moments(inputs, [-1], keep_dims=True)
+        return tf1.nn.batch_normalization(inputs, mean, variance, beta, gamma, 1e-12)
+
+
+class TensorFlow1:
+    """`tensorflow.compat.v1` with `estimator` and `layers` replaced."""
+
+    estimator = estimator
+    layers = Layers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tf1, name)
+
+
+tf = TensorFlow1()

@@ -1,0 +1,151 @@
+"""The vocabulary (from a hub, a file, or trained) and transformers' tokenizer files around it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from electra_wrap.errors import EnvironmentLacks, UsageError
+from electra_wrap.rundir import write_json, write_text
+
+#: In the order of BERT's vocabularies. Upstream pads with id 0, whatever token that is.
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+#: Longer words become [UNK]: WordpieceTokenizer's default in the pin. transformers' default is 100.
+MAX_WORD_CHARACTERS = 200
+
+
+def read(path: Path) -> list[str]:
+    """Return the tokens of vocab.txt, in order. UsageError if upstream or transformers would read it otherwise."""
+    try:
+        tokens = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a readable UTF-8 vocabulary: {error}; give a vocab.txt") from None
+    seen: dict[str, int] = {}
+    for number, token in enumerate(tokens, 1):
+        if token != token.strip() or not token:
+            raise UsageError(f"{path}: line {number} is {token!r}; a token has no spaces around it and is not empty")
+        if token in seen:
+            raise UsageError(f"{path}: {token!r} is on lines {seen[token]} and {number}; keep one")
+        seen[token] = number
+    for token in SPECIAL_TOKENS:
+        if token not in seen:
+            raise UsageError(f"{path}: {token} is missing; a vocabulary for ELECTRA needs {' '.join(SPECIAL_TOKENS)}")
+    if seen["[PAD]"] != 1:
+        raise UsageError(f"{path}: [PAD] is on line {seen['[PAD]']}; upstream pads with id 0, so it must be first")
+    return tokens
+
+
+def fetch(source: str, target: Path, sha256: str | None) -> None:
+    """Copy the vocabulary at `source`, `hf://REPOSITORY[@REVISION]` or a path, to `target`.
+
+    UsageError if there is none, if it is malformed, or if its digest is not `sha256`; EnvironmentLacks if the
+    hub cannot be reached.
+    """
+    path = _download(source.removeprefix("hf://")) if source.startswith("hf://") else Path(source)
+    if not path.is_file():
+        raise UsageError(f"tokenizer.source = {source!r}: no such file; give a vocab.txt, hf://REPOSITORY or train")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 not in (None, digest):
+        raise UsageError(f"tokenizer.source = {source!r} has sha256 {digest}, the profile says {sha256}; correct one")
+    read(path)
+    write_text(target, path.read_bytes().decode("utf-8"))
+
+
+def _download(repository: str) -> Path:
+    # Imported here: it costs a third of a second, and only this needs it.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    name, _, revision = repository.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "vocab.txt", revision=revision or None))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UsageError(f"hf://{repository}: {_first_line(error)}; correct tokenizer.source") from None
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        raise EnvironmentLacks(
+            f"hf://{repository} cannot be fetched ({_first_line(error)}); "
+            "with a local copy: --set tokenizer.source=PATH/vocab.txt"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip_accents: bool) -> None:
+    """Train a WordPiece vocabulary of at most `vocab_size` tokens on the shards in `corpus`."""
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _text_rules(lowercase, strip_accents)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+
+    def lines() -> Iterator[str]:
+        for path in sorted(corpus.glob("*.txt")):
+            with path.open(encoding="utf-8", newline="\n") as file:
+                yield from file
+
+    tokenizer.train_from_iterator(lines(), trainer)
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    write_text(target, "".join(f"{token}\n" for token, _ in tokens))
+    read(target)
+
+
+def write_tokenizer(
+    directory: Path, tokens: list[str], *, lowercase: bool, strip_accents: bool, max_length: int
+) -> None:
+    """Write vocab.txt and transformers' tokenizer files, such that text becomes the ids it had in training.
+
+    The class is PreTrainedTokenizerFast, which takes tokenizer.json as it is. ElectraTokenizer would rebuild its
+    own from vocab.txt, with 100 characters a word.
+    """
+    tokenizer = build_tokenizer(tokens, lowercase=lowercase, strip_accents=strip_accents)
+    write_text(directory / "vocab.txt", "".join(f"{token}\n" for token in tokens))
+    write_text(directory / "tokenizer.json", tokenizer.to_str())
+    special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "do_lower_case": lowercase,
+            "strip_accents": strip_accents,
+            "tokenize_chinese_chars": True,
+            "model_max_length": max_length,
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            **special,
+        },
+    )
+
+
+def build_tokenizer(tokens: list[str], *, lowercase: bool, strip_accents: bool) -> Any:
+    """Return the `tokenizers.Tokenizer` that equals upstream's FullTokenizer, with [CLS] … [SEP] around a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    ids = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _text_rules(lowercase, strip_accents)
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _text_rules(lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
+    from tokenizers import normalizers, pre_tokenizers
+
+    normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
+    )
+    return normalizer, pre_tokenizers.BertPreTokenizer()
