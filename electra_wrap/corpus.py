@@ -83,7 +83,7 @@ def shard(
             return [stack.enter_context(name.open("w", encoding="utf-8", newline="\n")) for name in names]
 
         writers = create(training, shards)
-        held_out_writer = create(held_out, 1)[0] if held_out_fraction else None
+        held_out_writer = create(held_out, 1)[0]
         sizes = [0] * shards
         for piece in _pieces(_lines(files, max_lines, counts), blank_lines_separate_documents):
             text = "\n".join(piece) + "\n" + separator
@@ -91,7 +91,7 @@ def shard(
             counts.pieces += 1
             counts.lines += len(piece)
             counts.bytes += size
-            if held_out_writer and _fraction(text) < held_out_fraction:
+            if _fraction(text) < held_out_fraction:
                 counts.held_out_lines += len(piece)
                 held_out_writer.write(text)
             else:

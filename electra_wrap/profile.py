@@ -363,7 +363,8 @@ def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:
         location.append(key)
         value = value.get(key) if isinstance(value, dict) else None
     dotted = ".".join(location)
-    where = next((origin[k] for k in (dotted, *origin) if k == dotted or k.startswith(f"{dotted}.")), str(path))
+    # A section has no origin of its own: its first key's.
+    where = origin.get(dotted) or next((origin[k] for k in origin if k.startswith(f"{dotted}.")), str(path))
     if kind == "missing":
         return f"{where}: {dotted} is missing; set it"
     if kind == "extra_forbidden":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 #: Longer words become [UNK]: WordpieceTokenizer's default in the pin. transformers' default is 100.
 MAX_WORD_CHARACTERS = 200
+
+#: Characters that a trained vocabulary has of its own; rarer ones make a word [UNK].
+MAX_ALPHABET = 1000
 
 
 def read(path: Path) -> list[str]:
@@ -76,25 +80,42 @@ def _first_line(error: Exception) -> str:
 
 
 def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip_accents: bool) -> None:
-    """Train a WordPiece vocabulary of at most `vocab_size` tokens on the shards in `corpus`."""
+    """Train a WordPiece vocabulary of at most `vocab_size` tokens on the shards in `corpus`.
+
+    The same text gives the same vocabulary. Left to itself, the trainer numbers the characters inside words in
+    the order of a hash table, and breaks ties between merges by those numbers; so they are numbered for it.
+    """
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _text_rules(lowercase, strip_accents)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
+    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer = _text_rules(lowercase, strip_accents)
 
     def lines() -> Iterator[str]:
         for path in sorted(corpus.glob("*.txt")):
             with path.open(encoding="utf-8", newline="\n") as file:
                 yield from file
 
+    characters: collections.Counter[str] = collections.Counter()
+    inside: set[str] = set()
+    for line in lines():
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(line)):
+            characters.update(word)
+            inside.update(word[1:])
+    alphabet = sorted(sorted(characters), key=lambda c: -characters[c])[:MAX_ALPHABET]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{c}" for c in sorted(inside & set(alphabet)))],
+        initial_alphabet=sorted(alphabet),
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(lines(), trainer)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if len(tokens) > vocab_size:
+        raise UsageError(
+            f"tokenizer.vocab_size = {vocab_size} is less than the corpus has characters ({len(tokens)}); choose more"
+        )
     write_text(target, "".join(f"{token}\n" for token, _ in tokens))
     read(target)
 

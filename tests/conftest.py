@@ -1,0 +1,226 @@
+"""Fixtures. Nothing here or in a test imports tensorflow or torch: they abort in one process (process.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from electra_wrap import paths, process
+from electra_wrap.errors import EnvironmentLacks
+from electra_wrap.profile import Profile
+from electra_wrap.rundir import RunDir
+from electra_wrap.stages import Run
+from electra_wrap.upstream import checkout
+
+TESTS = Path(__file__).parent
+
+SPANISH = [
+    "Los pájaros están hablando.",
+    "El niño comió una manzana y después durmió la siesta.",
+    "¿Cuándo llegará la cigüeña a la torre de la iglesia?",
+    "¡Qué día tan hermoso! — exclamó la señora Ibáñez.",
+    "El pingüino cruzó el río con ímpetu y volvió al anochecer.",
+    "Mañana iré a Córdoba, aunque llueva a cántaros.",
+    "La acción transcurre en Bogotá, según el guión original.",
+    "José y Andrés jugarán al fútbol en el jardín público.",
+    "Averigüé que el tren de las 10:35 salió con retraso.",
+    "Ningún árbol dio tanta sombra como aquel viejo nogal.",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, those with upstream last."""
+    items.sort(key=lambda item: item.get_closest_marker("upstream") is not None)
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Path:
+    """The real upstream, verified and patched. Skips where it cannot be had, fails under `tox -e upstream`."""
+    try:
+        return checkout.ensure()
+    except EnvironmentLacks as error:
+        if os.environ.get("ELECTRA_WRAP_REQUIRE_UPSTREAM"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m electra_wrap` as a user does, in an empty directory."""
+
+    def call(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "electra_wrap", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return call
+
+
+def child(script: str, *arguments: str | Path, **variables: str) -> str:
+    """Run a script of tests/children, which may import tensorflow or torch; return its stdout."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "children" / script), *map(str, arguments)],
+        env=process.environment(variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
+    """`spanish-tiny` on `corpus`, made smaller still."""
+    return Profile.load(
+        "spanish-tiny",
+        [
+            f"corpus.source={json.dumps(str(corpus))}",
+            "tokenizer.vocab_size=300",
+            "model.hidden_size=64",
+            "model.max_seq_length=32",
+            f"train.steps={steps}",
+            "train.warmup_steps=1",
+            "train.batch_size=4",
+            "train.log_every=1",
+            "train.device=cpu",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A corpus of 40 documents of ten lines."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join("".join(f"{i}. {s}\n" for s in SPANISH) + "\n" for i in range(40)), encoding="utf-8")
+    return path
+
+
+FAKE_BUILD = '''
+import argparse, os, shutil, struct
+p = argparse.ArgumentParser()
+for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes", "num-out-files", "seed",
+             "blanks-separate-docs"):
+    p.add_argument("--" + name, required=True)
+for name in ("do-lower-case", "no-lower-case", "do-strip-accents", "no-strip-accents"):
+    p.add_argument("--" + name, action="store_true")
+a = p.parse_args()
+shutil.rmtree(a.output_dir, ignore_errors=True)
+os.makedirs(a.output_dir)
+names = sorted(os.listdir(a.corpus_dir))
+for job in range(int(a.num_processes)):
+    with open(os.path.join(a.corpus_dir, names[job]), encoding="utf-8") as f:
+        text = f.read()
+    if "CRASH" in text:
+        print("Traceback: job", job, "failed")
+        continue
+    out = os.path.join(a.output_dir, "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files))
+    with open(out, "wb") as f:
+        for line in text.splitlines():
+            record = (a.seed + a.max_seq_length + line).encode()
+            f.write(struct.pack("<Q", len(record)) + b"crc_" + record + b"crc_")
+    print("Job %d: Done!" % job)
+'''
+
+FAKE_TRAIN = '''
+import argparse, json, os, re
+p = argparse.ArgumentParser()
+for name in ("data-dir", "model-name", "hparams"):
+    p.add_argument("--" + name, required=True)
+a = p.parse_args()
+h = json.load(open(a.hparams))
+d = os.path.join(a.data_dir, "models", a.model_name)
+os.makedirs(d, exist_ok=True)
+state = os.path.join(d, "checkpoint")
+start = int(re.search(r"ckpt-(\\d+)", open(state).read())[1]) if os.path.exists(state) else 0
+print("seed", json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])["seed"], "gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
+print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN") else "clean")
+if h["learning_rate"] == 0.666:
+    print("loss was NaN"); raise SystemExit(1)
+for step in range(start + 1, h["num_train_steps"] + 1):
+    print("%d/%d = 1.0%%, SPS: 1.0, ELAP: 1, ETA: 1 - loss: %.4f" % (step, h["num_train_steps"], 50 / step))
+for suffix in (".index", ".data-00000-of-00001"):
+    open(os.path.join(d, "model.ckpt-%d%s" % (step, suffix)), "w").write(str(step))
+open(state, "w").write('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
+'''
+
+FAKE_PATCH = """What: a test's patch.
+
+diff --git a/run_pretraining.py b/run_pretraining.py
+--- a/run_pretraining.py
++++ b/run_pretraining.py
+@@ -0,0 +1 @@
++# patched
+"""
+
+
+@pytest.fixture
+def git_repository(tmp_path: Path) -> Path:
+    """A git repository with two scripts of upstream's command line that need no TensorFlow."""
+    path = tmp_path / "upstream"
+    path.mkdir()
+    (path / "build_pretraining_dataset.py").write_text(textwrap.dedent(FAKE_BUILD), encoding="utf-8")
+    (path / "run_pretraining.py").write_text(textwrap.dedent(FAKE_TRAIN), encoding="utf-8")
+    (path / "model").mkdir()
+    (path / "model" / "__init__.py").write_text("", encoding="utf-8")
+    (path / "run.sh").write_text("#!/bin/sh\n", encoding="utf-8")
+    (path / "run.sh").chmod(0o755)
+    for command in (
+        ["init", "--quiet", "--initial-branch=master"],
+        ["add", "--all"],
+        ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "scripts"],
+    ):
+        subprocess.run(["git", *command], cwd=path, check=True)
+    return path
+
+
+def git(path: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=path, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def fake_upstream(git_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the package pin `git_repository`, with one patch, and keep its checkout under tmp_path."""
+    patches, vendor = tmp_path / "patches", tmp_path / "vendor"
+    patches.mkdir()
+    vendor.mkdir()
+    (patches / "0001-test.patch").write_text(FAKE_PATCH, encoding="utf-8")
+    copy = tmp_path / "copy"
+    git(tmp_path, "clone", "--quiet", str(git_repository), str(copy))
+    (copy / "run_pretraining.py").write_text("# patched\n" + FAKE_TRAIN, encoding="utf-8")
+    git(copy, "add", "--all")
+    lock = vendor / "electra.lock"
+    lock.write_text(
+        f'url = "{git_repository}"\ncommit = "{git(git_repository, "rev-parse", "HEAD")}"\n'
+        f'tree = "{git(git_repository, "rev-parse", "HEAD^{tree}")}"\n'
+        f'patched_tree = "{git(copy, "write-tree")}"\nlicence = "none"\n',
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(paths, "LOCK_FILE", lock)
+    monkeypatch.setattr(paths, "PATCHES", patches)
+    monkeypatch.setattr(paths, "vendor_directory", lambda: vendor)
+    return git_repository
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, text: Path) -> Callable[..., Run]:
+    """Return a function that makes a Run of the tiny profile in one and the same run directory."""
+
+    def make(*overrides: str, **keys: Any) -> Run:
+        return Run(tiny(keys.pop("corpus", text), *overrides, **keys), RunDir(tmp_path / "run"))
+
+    return make

@@ -1,0 +1,188 @@
+"""Profiles: one place for everything, strict, with errors that name file, key, value and mend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from electra_wrap import profile
+from electra_wrap.errors import UsageError
+from electra_wrap.profile import Profile
+
+BASE = """
+description = "d"
+language = "es"
+model_name = "m"
+[corpus]
+source = "text.txt"
+[tokenizer]
+source = "vocab.txt"
+[train]
+steps = 100
+warmup_steps = 10
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    path = tmp_path / "base.toml"
+    path.write_text(BASE, encoding="utf-8")
+    return str(path)
+
+
+def error(name: str, *overrides: str) -> str:
+    with pytest.raises(UsageError) as raised:
+        Profile.load(name, overrides)
+    message = str(raised.value)
+    assert "\n" not in message and "\0" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", [name for name, _ in profile.shipped()])
+def test_shipped_profiles_load_and_describe_themselves(name: str) -> None:
+    loaded = Profile.load(name)
+    assert len(loaded.description) > 20
+    json.dumps(loaded.model_dump())
+
+
+def test_the_four_profiles_ship() -> None:
+    assert [name for name, _ in profile.shipped()] == ["spanish-base", "spanish-demo", "spanish-small", "spanish-tiny"]
+
+
+def test_spanish_demo_is_the_tutorials_run() -> None:
+    demo = Profile.load("spanish-demo")
+    hparams = demo.hparams(119_547)
+    assert demo.corpus.max_lines == 1_000_000
+    assert (hparams["vocab_size"], hparams["max_seq_length"], hparams["model_size"]) == (119_547, 128, "small")
+    assert (hparams["train_batch_size"], hparams["num_train_steps"], hparams["do_lower_case"]) == (32, 100, False)
+
+
+def test_hparams_have_json_types(base: str) -> None:
+    """A non-empty string is true in upstream's config: "false" would evaluate."""
+    hparams = json.loads(json.dumps(Profile.load(base).hparams(30_522)))
+    assert (hparams["do_train"], hparams["do_eval"], hparams["use_tpu"]) == (True, False, False)
+    assert [k for k, v in hparams.items() if isinstance(v, str)] == ["model_size"]
+
+
+@pytest.mark.upstream
+def test_hparams_are_upstreams_keys(upstream: Path) -> None:
+    source = (upstream / "configure_pretraining.py").read_text(encoding="utf-8")
+    for name, _ in profile.shipped():
+        for key in Profile.load(name).hparams(100):
+            assert f"self.{key} = " in source, key
+
+
+@pytest.mark.parametrize(
+    ("size", "generator", "expected"),
+    [
+        # (embedding, hidden, layers, heads, intermediate) of discriminator and generator: Table 6 of the paper
+        ("small", 0.25, [(128, 256, 12, 4, 1024), (128, 64, 12, 1, 256)]),
+        ("base", 0.33333, [(768, 768, 12, 12, 3072), (768, 256, 12, 4, 1024)]),
+        ("large", 0.25, [(1024, 1024, 24, 16, 4096), (1024, 256, 24, 4, 1024)]),
+    ],
+)
+def test_each_network_has_its_own_sizes(
+    base: str, size: str, generator: float, expected: list[tuple[int, ...]]
+) -> None:
+    loaded = Profile.load(base, [f"model.size={size}", f"model.generator_hidden_size={generator}"])
+    keys = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    for network, sizes in zip(profile.NETWORKS, expected, strict=True):
+        config = loaded.hf_config(network, 1000)
+        assert tuple(config[key] for key in keys) == sizes
+        assert config["vocab_size"] == 1000 and config["layer_norm_eps"] == 1e-12
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.step=5", ["--set", "train.step", "did you mean steps?"]),
+        ("trian.steps=5", ["--set", "trian", "did you mean train?"]),
+        ("train.steps=soon", ["--set", "train.steps", "'soon'", "integer"]),
+        ("train.steps=true", ["train.steps", "True"]),
+        ("train.steps=0", ["train.steps", "greater than 0"]),
+        ("train.warmup_steps=100", ["train.warmup_steps = 100", "never arrive in 100 steps"]),
+        ("model.hidden_size=200", ["model.hidden_size = 200", "3 attention heads"]),
+        ("model.generator_hidden_size=0.7", ["model.generator_hidden_size = 0.7", "hidden size 179", "2 attention heads"]),
+        ("model.generator_layers=0.01", ["model.generator_layers = 0.01", "no layers"]),
+        ("model.max_seq_length=513", ["model.max_seq_length = 513", "512"]),
+        ("model.size=tiny", ["model.size = 'tiny'", "'small', 'base' or 'large'"]),
+        ("tokenizer.strip_accents=true", ["tokenizer.strip_accents", "lowercase"]),
+        ("tokenizer.vocab_size=100", ["tokenizer.vocab_size = 100", "counted"]),
+        ("tokenizer.source=train", ["tokenizer.vocab_size", "32000"]),
+        ("tokenizer.sha256=abc", ["tokenizer.sha256", "'abc'"]),
+        ("model_name=../../etc", ["model_name", "'../../etc'"]),
+        ("corpus.held_out=1.5", ["corpus.held_out = 1.5"]),
+        ("corpus.source=[1]", ["corpus.source"]),
+        ("train=5", ["train = 5"]),
+        ("engine=tpu", ["engine = 'tpu'", "'upstream'"]),
+        ("train.steps", ["is not KEY=VALUE"]),
+        ('model_name="a', ["neither TOML nor a bare word"]),
+    ],
+)
+def test_what_is_wrong_is_named(base: str, override: str, parts: list[str]) -> None:
+    message = error(base, override)
+    for part in parts:
+        assert part in message
+    assert ";" in message, "no mend"
+
+
+def test_an_error_names_the_file_that_set_the_key(tmp_path: Path, base: str) -> None:
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "base"\n[train]\nsteps = 5\n', encoding="utf-8")
+    assert error(str(child)).startswith(f"{base}: train.warmup_steps = 10")
+    child.write_text('extends = "base"\n[train]\nwarmup_steps = 500\n', encoding="utf-8")
+    assert error(str(child)).startswith(f"{child}: train.warmup_steps = 500")
+
+
+def test_extends_inherits_and_ends(tmp_path: Path, base: str) -> None:
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "base"\nmodel_name = "other"\n[train]\nsteps = 50\n', encoding="utf-8")
+    loaded = Profile.load(str(child), ["train.seed=3"])
+    assert (loaded.model_name, loaded.train.steps, loaded.train.warmup_steps, loaded.train.seed) == ("other", 50, 10, 3)
+    child.write_text('extends = "child"\n', encoding="utf-8")
+    assert "back to itself" in error(str(child))
+
+
+def test_relative_paths_belong_to_who_wrote_them(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert Profile.load(base).corpus.source == str(tmp_path / "text.txt")
+    loaded = Profile.load(base, ['corpus.source=["a.txt", "hf://x", "/b.txt"]', "tokenizer.source=v.txt"])
+    assert loaded.corpus.source == [str(elsewhere / "a.txt"), "hf://x", "/b.txt"]
+    assert loaded.tokenizer.source == str(elsewhere / "v.txt")
+
+
+def test_an_unknown_profile_is_suggested_and_a_broken_one_located(tmp_path: Path) -> None:
+    assert "did you mean spanish-tiny?" in error("spanish-tyni")
+    assert "no profile file" in error("./nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = = 3", encoding="utf-8")
+    assert "not valid TOML" in error(str(broken))
+    broken.write_bytes(b"description = '\xff'")
+    assert "not valid TOML" in error(str(broken))
+    broken.write_text('description = "d"', encoding="utf-8")
+    assert "language is missing" in error(str(broken))
+
+
+@given(st.text(max_size=40))
+def test_any_override_is_taken_or_refused_in_one_line(text: str) -> None:
+    try:
+        Profile.load("spanish-tiny", [text])
+    except UsageError as raised:
+        assert "\n" not in str(raised)
+
+
+@given(
+    st.sampled_from(["train.steps", "corpus.source", "model", "tokenizer.source", "train.seed", "x", "corpus.a.b"]),
+    st.recursive(st.integers() | st.booleans() | st.floats() | st.text(), lambda s: st.lists(s), max_leaves=5),
+)
+def test_any_value_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
+    try:
+        Profile.load("spanish-tiny", [f"{key}={json.dumps(value)}"])
+    except UsageError as raised:
+        assert "\n" not in str(raised)

@@ -1,0 +1,162 @@
+"""Vocabularies: validated, trained alike every time; tokenizer files that give training's tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SPANISH, child
+
+from electra_wrap import vocab
+from electra_wrap.errors import UsageError
+
+GOOD = [*vocab.SPECIAL_TOKENS, "a", "##a", "pájaro"]
+
+
+def write(path: Path, tokens: list[str], end: str = "\n") -> Path:
+    path.write_bytes(("\n".join(tokens) + end).encode())
+    return path
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_the_size_is_the_number_of_lines(tmp_path: Path, end: str) -> None:
+    assert vocab.read(write(tmp_path / "v", GOOD, end)) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([*GOOD, "a"], "'a' is on lines 6 and 9"),
+        ([*GOOD, ""], "line 9 is ''"),
+        ([*GOOD, " b"], "line 9 is ' b'"),
+        ([*GOOD, "b\r"], "line 9 is 'b"),
+        ([t for t in GOOD if t != "[MASK]"], r"\[MASK\] is missing"),
+        (GOOD[1:] + GOOD[:1], r"\[PAD\] is on line 8"),
+    ],
+)
+def test_a_vocabulary_that_two_readers_would_number_differently_is_refused(
+    tmp_path: Path, tokens: list[str], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        vocab.read(write(tmp_path / "v", tokens))
+
+
+def test_a_vocabulary_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "v").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="not a readable UTF-8 vocabulary"):
+        vocab.read(tmp_path / "v")
+
+
+def test_training_gives_the_same_vocabulary_every_time(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "part-00000.txt").write_text("\n".join(SPANISH * 3), encoding="utf-8")
+    results = set()
+    for i in range(3):
+        vocab.train(
+            tmp_path / "corpus", tmp_path / f"v{i}", vocab_size=150, lowercase=False, strip_accents=False
+        )
+        results.add((tmp_path / f"v{i}").read_text(encoding="utf-8"))
+    assert len(results) == 1
+    tokens = vocab.read(tmp_path / "v0")
+    assert tokens[:5] == list(vocab.SPECIAL_TOKENS) and len(tokens) == 150
+    assert any("á" in token for token in tokens)
+
+
+def test_a_file_is_copied_if_its_digest_is_the_profiles(tmp_path: Path) -> None:
+    source = write(tmp_path / "v", GOOD)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    vocab.fetch(str(source), tmp_path / "copy", digest)
+    assert vocab.read(tmp_path / "copy") == GOOD
+    with pytest.raises(UsageError, match=f"has sha256 {digest}, the profile says {'0' * 64}"):
+        vocab.fetch(str(source), tmp_path / "other", "0" * 64)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("lowercase", "strip_accents", "first"),
+    [(False, False, "Los pájaros"), (True, False, "los pájaros"), (True, True, "los pajaros")],
+)
+def test_transformers_loads_the_tokenizer_as_trained(
+    tmp_path: Path, lowercase: bool, strip_accents: bool, first: str
+) -> None:
+    words = {w for line in SPANISH for w in line.replace(".", " .").split()}
+    words |= {w.lower() for w in words} | {"los", "pajaros", "estan", "hablando", "##a"}
+    tokens = [*vocab.SPECIAL_TOKENS, *sorted(words - {"##a"}), "##a", "aa"]
+    vocab.write_tokenizer(tmp_path, tokens, lowercase=lowercase, strip_accents=strip_accents, max_length=64)
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}', encoding="utf-8")
+    answer = json.loads(child("hf_tokens.py", tmp_path, SPANISH[0], "a" * 150, "a" * 201, HF_HUB_OFFLINE="1"))
+    assert " ".join(answer["auto"][0][:2]) == first
+    assert answer["fast"][0] == answer["auto"][0]
+    assert answer["auto"][1][0] == "aa" and answer["auto"][2] == ["[UNK]"], "200 characters a word, as upstream"
+    assert answer["max_length"] == 64
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as serves one file of one repository."""
+
+    content = "\n".join(GOOD).encode() + b"\n"
+
+    def do_HEAD(self) -> None:
+        self.answer(b"")
+
+    def do_GET(self) -> None:
+        self.answer(self.content)
+
+    def answer(self, body: bytes) -> None:
+        found = self.path == "/someone/bert/resolve/main/vocab.txt"
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("ETag", '"0123456789"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(self.content) if found else 0))
+        self.end_headers()
+        if found:
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_vocabulary_comes_from_a_hub(cli: Any, hub: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["run", "--until", "vocab", "--run-dir", "r", "--set", "tokenizer={source='hf://someone/bert'}"]
+    profile = tmp_path / "p.toml"
+    profile.write_text(
+        "description='d'\nlanguage='es'\nmodel_name='m'\ncorpus={source='t.txt'}\ntrain={steps=9,warmup_steps=1}\n"
+        "[tokenizer]\nsource='hf://someone/bert'\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "t.txt").write_text("hola\n", encoding="utf-8")
+    arguments += ["--profile", str(profile)]
+    done = cli(*arguments, env=hub)
+    assert done.returncode == 0, done.stderr
+    assert vocab.read(tmp_path / "r" / "vocab.txt") == GOOD
+    missing = cli(*arguments, "--set", "tokenizer.source=hf://someone/else", "--run-dir", "q", env=hub)
+    assert missing.returncode == 2 and "hf://someone/else" in missing.stderr.splitlines()[-1]
+    nowhere = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "empty")}
+    unreachable = cli(*arguments, "--run-dir", "q", env=nowhere)
+    assert unreachable.returncode == 3
+    assert "--set tokenizer.source=PATH/vocab.txt" in unreachable.stderr.splitlines()[-1]
+    assert "Traceback" not in missing.stderr + unreachable.stderr
+
+
+@pytest.mark.skipif("ELECTRA_WRAP_SHARED" not in os.environ, reason="ELECTRA_WRAP_SHARED names no data directory")
+def test_the_multilingual_vocabulary_has_the_size_that_is_told_of_it() -> None:
+    tokens = vocab.read(Path(os.environ["ELECTRA_WRAP_SHARED"]) / "mbert-cased-vocab.txt")
+    assert len(tokens) == 119_547
