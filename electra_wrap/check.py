@@ -89,7 +89,7 @@ def _load(model_class: Any, directory: str) -> Any:
 
 def answer(task: str, **arguments: Any) -> Any:
     """`detect` or `check`, by name."""
-    return {"detect": detect, "check": check}[task](**arguments)
+    return detect(**arguments) if task == "detect" else check(**arguments)
 
 
 if __name__ == "__main__":

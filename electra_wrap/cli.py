@@ -65,7 +65,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_profile(command)
     add_run_dir(command)
     add_upstream(command)
-    command.add_argument("--until", metavar="STAGE", help="stop after corpus, vocab, tfrecords, train, convert or check")
+    command.add_argument(
+        "--until", metavar="STAGE", help="stop after this stage: corpus, vocab, tfrecords, train, convert"
+    )
     command.add_argument("--dry-run", action="store_true", help="only say what would be done, and why")
 
     add(profiles, "list the profiles that ship")

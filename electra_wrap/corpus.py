@@ -47,7 +47,9 @@ def find_files(sources: Iterable[str], exclude: Path) -> list[Path]:
         elif path.is_file():
             found = [path]
         else:
-            found = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
+            # Path.glob takes no absolute patterns
+            matches = glob.glob(source, recursive=True)  # noqa: PTH207
+            found = sorted(Path(p) for p in matches if Path(p).is_file())
         found = [p.resolve() for p in found if not p.resolve().is_relative_to(exclude)]
         if not found:
             raise UsageError(f"corpus.source = {source!r} has no text; give files, globs or directories with *.txt")
@@ -109,7 +111,7 @@ def _fraction(text: str) -> float:
 
 
 def _lines(files: Iterable[Path], max_lines: int | None, counts: Counts) -> Iterator[str]:
-    """Yield stripped lines; blank ones too, and one after each file. `max_lines` counts lines as the files have them."""
+    """Yield stripped lines, blank ones too, and a blank one after each file. `max_lines` counts the files' lines."""
     number = 0
     for path in files:
         try:

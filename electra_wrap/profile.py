@@ -335,13 +335,13 @@ def _merge(
         if isinstance(value, dict) and isinstance(values.get(key, {}), dict):
             _merge(values.setdefault(key, {}), value, origin, where, base, f"{dotted}.")
             continue
-        if dotted in _PATH_KEYS:
-            value = [_absolute(v, base) for v in value] if isinstance(value, list) else _absolute(value, base)
-        values[key] = value
+        values[key] = _absolute(value, base) if dotted in _PATH_KEYS else value
         origin[dotted] = where
 
 
 def _absolute(source: Any, base: Path) -> Any:
+    if isinstance(source, list):
+        return [_absolute(one, base) for one in source]
     if not isinstance(source, str) or source in ("", "train") or "://" in source:
         return source
     return str(base / Path(source).expanduser())

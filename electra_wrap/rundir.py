@@ -78,8 +78,9 @@ class RunDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
+                holder = file.read().strip() or "?"
                 raise UsageError(
-                    f"{self.path} is in use by process {file.read().strip() or '?'}; wait for it or choose another --run-dir"
+                    f"{self.path} is in use by process {holder}; wait for it or choose another --run-dir"
                 ) from None
             file.truncate(0)
             file.write(str(os.getpid()))

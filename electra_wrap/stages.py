@@ -28,7 +28,9 @@ from electra_wrap.upstream import checkout, scripts
 BYTES_PER_RECORD_FILE = 2**20
 
 #: Keys of hparams.json with which a model may go on: they say how long and how often, not what.
-_CONTINUABLE = ("num_train_steps", "save_checkpoints_steps", "keep_checkpoint_max", "iterations_per_loop")
+_CONTINUABLE = (
+    *("num_train_steps", "save_checkpoints_steps", "keep_checkpoint_max", "iterations_per_loop", "eval_batch_size"),
+)
 
 #: Asked of every converted model: one sentence as it is, one with a word that does not belong.
 QUESTIONS = ("Los pájaros están hablando", "Los pájaros están cantando en la piedra del mañana")
@@ -125,7 +127,7 @@ def _vocab_inputs(run: Run) -> dict[str, Any]:
         return {"tokenizer.source": keys.source, "tokenizer.sha256": keys.sha256}
     path = Path(keys.source)
     if not path.is_file():
-        raise UsageError(f"tokenizer.source = {keys.source!r}: no such file; give a vocab.txt, hf://REPOSITORY or train")
+        raise UsageError(vocab.no_such_file(keys.source))
     return {"tokenizer.source": run.directory.digest(path), "tokenizer.sha256": keys.sha256}
 
 
@@ -265,7 +267,7 @@ def _train(run: Run) -> dict[str, Any]:
         except Interrupted:
             reached = scripts.latest_step(run.model_dir) or 0
             raise Interrupted(f"interrupted; step {reached:,} is saved, the same command resumes there") from None
-    reached = scripts.latest_step(run.model_dir)
+    reached = scripts.latest_step(run.model_dir) or 0
     if reached != keys.steps:
         raise StageFailed(f"training ended at step {reached}, not {keys.steps}; see {run.log('train')}")
     return {
@@ -427,7 +429,7 @@ def reason(run: Run, stage: Stage) -> str | None:
     if not recorded:
         return "not done yet"
     if recorded["outcome"] != "done":
-        return recorded["outcome"]
+        return str(recorded["outcome"])
     if changed := _difference(recorded["inputs"], stage.inputs(run)):
         return changed
     for name in stage.outputs(run):
@@ -456,7 +458,7 @@ def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) ->
         raise UsageError(f"{run.model_dir} is at step {step:,}, train.steps = {steps}; set train.steps={step} or more")
     if step < steps:
         return f"at step {step:,} of {steps:,}"
-    return None if recorded["outcome"] == "done" else recorded["outcome"]
+    return None if recorded["outcome"] == "done" else str(recorded["outcome"])
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -50,12 +50,17 @@ def fetch(source: str, target: Path, sha256: str | None) -> None:
     """
     path = _download(source.removeprefix("hf://")) if source.startswith("hf://") else Path(source)
     if not path.is_file():
-        raise UsageError(f"tokenizer.source = {source!r}: no such file; give a vocab.txt, hf://REPOSITORY or train")
+        raise UsageError(no_such_file(source))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 not in (None, digest):
         raise UsageError(f"tokenizer.source = {source!r} has sha256 {digest}, the profile says {sha256}; correct one")
     read(path)
     write_text(target, path.read_bytes().decode("utf-8"))
+
+
+def no_such_file(source: str) -> str:
+    """The message for a `tokenizer.source` that is not there."""
+    return f"tokenizer.source = {source!r}: no such file; give a vocab.txt, hf://REPOSITORY or train"
 
 
 def _download(repository: str) -> Path:

@@ -205,7 +205,5 @@ def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
-
-
 if __name__ == "__main__":
     process.serve(convert)

@@ -70,11 +70,12 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
-def child(script: str, *arguments: str | Path, **variables: str) -> str:
+def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str) -> str:
     """Run a script of tests/children, which may import tensorflow or torch; return its stdout."""
     done = subprocess.run(
         [sys.executable, str(TESTS / "children" / script), *map(str, arguments)],
         env=process.environment(variables),
+        input=stdin,
         capture_output=True,
         text=True,
         check=False,
@@ -97,6 +98,7 @@ def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
             "train.batch_size=4",
             "train.log_every=1",
             "train.device=cpu",
+            "corpus.held_out=0.2",
             *overrides,
         ],
     )
@@ -110,7 +112,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-FAKE_BUILD = '''
+FAKE_BUILD = """
 import argparse, os, shutil, struct
 p = argparse.ArgumentParser()
 for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes", "num-out-files", "seed",
@@ -131,12 +133,12 @@ for job in range(int(a.num_processes)):
     out = os.path.join(a.output_dir, "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files))
     with open(out, "wb") as f:
         for line in text.splitlines():
-            record = (a.seed + a.max_seq_length + line).encode()
+            record = "/".join((a.seed, a.max_seq_length, line)).encode()
             f.write(struct.pack("<Q", len(record)) + b"crc_" + record + b"crc_")
     print("Job %d: Done!" % job)
-'''
+"""
 
-FAKE_TRAIN = '''
+FAKE_TRAIN = """
 import argparse, json, os, re
 p = argparse.ArgumentParser()
 for name in ("data-dir", "model-name", "hparams"):
@@ -156,7 +158,7 @@ for step in range(start + 1, h["num_train_steps"] + 1):
 for suffix in (".index", ".data-00000-of-00001"):
     open(os.path.join(d, "model.ckpt-%d%s" % (step, suffix)), "w").write(str(step))
 open(state, "w").write('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
-'''
+"""
 
 FAKE_PATCH = """What: a test's patch.
 

@@ -106,7 +106,10 @@ def test_each_network_has_its_own_sizes(
         ("train.steps=0", ["train.steps", "greater than 0"]),
         ("train.warmup_steps=100", ["train.warmup_steps = 100", "never arrive in 100 steps"]),
         ("model.hidden_size=200", ["model.hidden_size = 200", "3 attention heads"]),
-        ("model.generator_hidden_size=0.7", ["model.generator_hidden_size = 0.7", "hidden size 179", "2 attention heads"]),
+        (
+            "model.generator_hidden_size=0.7",
+            ["model.generator_hidden_size = 0.7", "hidden size 179", "2 attention heads"],
+        ),
         ("model.generator_layers=0.01", ["model.generator_layers = 0.01", "no layers"]),
         ("model.max_seq_length=513", ["model.max_seq_length = 513", "512"]),
         ("model.size=tiny", ["model.size = 'tiny'", "'small', 'base' or 'large'"]),
@@ -179,7 +182,7 @@ def test_any_override_is_taken_or_refused_in_one_line(text: str) -> None:
 
 @given(
     st.sampled_from(["train.steps", "corpus.source", "model", "tokenizer.source", "train.seed", "x", "corpus.a.b"]),
-    st.recursive(st.integers() | st.booleans() | st.floats() | st.text(), lambda s: st.lists(s), max_leaves=5),
+    st.recursive(st.integers() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5),
 )
 def test_any_value_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
     try:

@@ -59,9 +59,7 @@ def test_training_gives_the_same_vocabulary_every_time(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "part-00000.txt").write_text("\n".join(SPANISH * 3), encoding="utf-8")
     results = set()
     for i in range(3):
-        vocab.train(
-            tmp_path / "corpus", tmp_path / f"v{i}", vocab_size=150, lowercase=False, strip_accents=False
-        )
+        vocab.train(tmp_path / "corpus", tmp_path / f"v{i}", vocab_size=150, lowercase=False, strip_accents=False)
         results.add((tmp_path / f"v{i}").read_text(encoding="utf-8"))
     assert len(results) == 1
     tokens = vocab.read(tmp_path / "v0")

@@ -90,7 +90,7 @@ def hash_tree(directory: Path) -> str:
         if stat.S_ISDIR(mode):
             entries.append((path.name + "/", b"40000", hash_tree(path)))
         elif stat.S_ISLNK(mode):
-            entries.append((path.name, b"120000", _object_id(b"blob", os.fsencode(os.readlink(path)))))
+            entries.append((path.name, b"120000", _object_id(b"blob", os.fsencode(path.readlink()))))
         else:
             executable = mode & stat.S_IXUSR
             entries.append((path.name, b"100755" if executable else b"100644", _object_id(b"blob", path.read_bytes())))
@@ -131,8 +131,8 @@ def _fetch(pin: Pin, source: str) -> None:
             run("ls-remote", "--", source, timeout=ANSWER_TIMEOUT)
         except git.GitCommandError as error:
             raise EnvironmentLacks(
-                f"google-research/electra cannot be reached at {source} ({_reason(error)}); with a local clone, mirror or "
-                "bundle of it: --upstream PATH"
+                f"google-research/electra cannot be reached at {source} ({_reason(error)}); "
+                "with a local clone, mirror or bundle of it: --upstream PATH"
             ) from None
         try:
             run("fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
@@ -148,7 +148,9 @@ def _fetch(pin: Pin, source: str) -> None:
                 f"{source} does not give commit {pin.commit[:12]} ({_reason(error)}); use a complete copy of {pin.url}"
             ) from None
         if tree != pin.tree:
-            raise EnvironmentLacks(f"{source}: commit {pin.commit[:12]} has tree {tree[:12]}, pinned is {pin.tree[:12]}")
+            raise EnvironmentLacks(
+                f"{source}: commit {pin.commit[:12]} has tree {tree[:12]}, pinned is {pin.tree[:12]}; use another copy"
+            )
         for patch in sorted(paths.PATCHES.glob("*.patch")):
             try:
                 run("apply", "--unidiff-zero", "--whitespace=nowarn", str(patch))

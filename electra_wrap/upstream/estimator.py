@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow.compat.v1 as tf
@@ -63,7 +63,7 @@ class _TPU:
     TPUEstimatorSpec = collections.namedtuple(
         "TPUEstimatorSpec",
         ["mode", "loss", "train_op", "training_hooks", "eval_metrics", "evaluation_hooks"],
-        defaults=[None] * 4,
+        defaults=(None, None, None, None),
     )
 
     class TPUEstimator:
@@ -150,7 +150,7 @@ class _TPU:
                 value=[tf.Summary.Value(tag=name, simple_value=float(value)) for name, value in results.items()]
             )
             # The file writer belongs to graph mode, which disable_v2_behavior() has made the default.
-            with tf.summary.FileWriter(os.path.join(self._config.model_dir, "eval")) as writer:
+            with tf.summary.FileWriter(f"{self._config.model_dir}/eval") as writer:
                 writer.add_summary(summary, step)
             return {**results, "global_step": step}
 
@@ -189,7 +189,7 @@ class _TPU:
 tpu = _TPU
 
 
-class _StopOnSignal(SessionRunHook):
+class _StopOnSignal(tf.train.SessionRunHook):  # type: ignore[misc]
     """Requests a regular stop at SIGINT or SIGTERM, so that the session saves a checkpoint."""
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from electra_wrap import process
 from electra_wrap.errors import StageFailed
@@ -100,7 +99,12 @@ def train(
 
 
 def _run(
-    checkout: Path, script: str, arguments: list[str], log: Path, extra: dict[str, str], on_line: Callable[[str], None]
+    checkout: Path,
+    script: str,
+    arguments: list[str],
+    log: Path,
+    extra: dict[str, str],
+    on_line: Callable[[str], None],
 ) -> None:
     argv = [sys.executable, "-s", str(checkout / script), *arguments]
     with log.open("a", encoding="utf-8") as file:

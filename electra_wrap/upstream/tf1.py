@@ -47,7 +47,7 @@ class Layers:
             return outputs if activation is None else activation(outputs)
 
     @staticmethod
-    def layer_norm(inputs: Any, begin_norm_axis: int = -1, begin_params_axis: int = -1, scope: str | None = None) -> Any:
+    def layer_norm(inputs: Any, begin_norm_axis: int, begin_params_axis: int, scope: str | None) -> Any:
         """Normalise the last axis as tf.contrib.layers.layer_norm does: epsilon 1e-12, variables `beta`, `gamma`."""
         if (begin_norm_axis, begin_params_axis) != (-1, -1):
             raise ValueError("only the last axis can be normalised")

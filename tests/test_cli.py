@@ -1,0 +1,135 @@
+"""The command line: quick, light, one line for a failure."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from electra_wrap import paths
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+#: Modules that belong in child processes, each with the only files of the package that may import it.
+HEAVY = {
+    "tensorflow": {"weights.py", "upstream/estimator.py", "upstream/tf1.py", "upstream/gpus.py"},
+    "torch": {"check.py"},
+    "transformers": {"check.py"},
+}
+
+
+@pytest.mark.parametrize("command", [["--help"], ["profiles"], ["show"], ["run", "--dry-run"]])
+def test_neither_tensorflow_nor_torch_is_imported(command: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom electra_wrap import cli\n"
+        f"sys.argv = ['electra_wrap', *{command!r}]\n"
+        "try: cli.entry_point()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'tensorflow', 'torch', 'transformers', 'triton', 'keras'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(paths.PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_no_module_can_bring_tensorflow_and_torch_into_one_process() -> None:
+    """With PyTorch's CUDA wheels the two abort together; what is imported where must not be left to luck."""
+    for path in paths.PACKAGE.rglob("*.py"):
+        name = str(path.relative_to(paths.PACKAGE))
+        for heavy, allowed in HEAVY.items():
+            assert heavy not in imports(path) or name in allowed, f"{name} imports {heavy}"
+    for path in Path(__file__).parent.rglob("*.py"):
+        found = imports(path) & set(HEAVY)
+        assert not found or path.parent.name == "children", f"{path.name} imports {found}"
+        assert not ("tensorflow" in found and found - {"tensorflow"}), path.name
+
+
+@pytest.mark.parametrize("module", ["electra_wrap.check", "electra_wrap.weights", "electra_wrap.upstream.tf1"])
+def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) -> None:
+    """What the modules load at run time, not only by name: check loads PyTorch's side, the others TensorFlow's."""
+    touch = {
+        "electra_wrap.check": "import torch, transformers; transformers.ElectraForPreTraining",
+        "electra_wrap.weights": "import tensorflow; tensorflow.train.load_checkpoint",
+        "electra_wrap.upstream.tf1": "pass",
+    }[module]
+    code = f"import sys, {module}\n{touch}\nprint(*sorted({{'tensorflow', 'torch', 'triton'}} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(paths.PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert loaded and not ("tensorflow" in loaded and loaded - {"tensorflow"})
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ([], 2, "COMMAND"),
+        (["rnu"], 2, "invalid choice"),
+        (["run", "--profile", "nope"], 2, "no profile 'nope'"),
+        (["run", "--until", "nope"], 2, "the stages are corpus, vocab"),
+        (["run", "--set", "corpus.source=nowhere.txt"], 2, "nowhere.txt"),
+        (["run", "--run-dir", "/proc/nothing"], 3, "/proc/nothing"),
+        (["show", "--what", "nope"], 2, "invalid choice"),
+        (["show", "--profile", "spanish-demo", "--what", "hparams"], 3, "run --until vocab"),
+        (["detect", "--model", "nowhere", "x"], 2, "has no discriminator"),
+        (["tensorboard"], 2, "has not trained yet"),
+        (["convert", "x", "--out", "y", "--strip-accents"], 2, "--lowercase"),
+    ],
+)
+def test_a_failure_is_one_line_and_a_code(cli: Cli, command: list[str], code: int, says: str) -> None:
+    done = cli(*command)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == code and error.startswith("electra_wrap: error: ") and says in error
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_debug_shows_the_traceback(cli: Cli) -> None:
+    assert "Traceback" in cli("--debug", "run", "--until", "nope").stderr
+
+
+def test_show_prints_json(cli: Cli) -> None:
+    for what in ("profile", "hparams", "discriminator", "generator"):
+        done = cli("show", "--what", what)
+        assert isinstance(json.loads(done.stdout), dict) and done.stderr == ""
+    assert json.loads(cli("show", "--set", "train.steps=77").stdout)["train"]["steps"] == 77
+
+
+def test_profiles_lists_names_and_descriptions(cli: Cli) -> None:
+    lines = cli("profiles").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["spanish-base", "spanish-demo", "spanish-small", "spanish-tiny"]
+
+
+def test_a_gpu_that_is_not_there_is_said_before_any_work(cli: Cli, tmp_path: Path) -> None:
+    done = cli("run", "--set", "train.device=gpu", "--until", "train", env={"CUDA_VISIBLE_DEVICES": "-1"})
+    assert done.returncode == 3
+    error = done.stderr.splitlines()[-1]
+    assert ("TensorFlow sees none" in error and "train.device=cpu" in error) or "cannot be reached" in error
+    assert not (tmp_path / "runs" / "spanish-tiny" / "corpus").exists()

@@ -1,0 +1,290 @@
+"""Stages with scripts of upstream's command line that need no TensorFlow: what is done, redone, refused, kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from electra_wrap import paths, stages
+from electra_wrap.errors import StageFailed, UsageError
+from electra_wrap.rundir import RunDir
+from electra_wrap.stages import Run
+
+pytestmark = pytest.mark.usefixtures("fake_upstream")
+
+MakeRun = Callable[..., Run]
+
+
+def todo(run: Run, until: str = "train") -> dict[str, str]:
+    return {stage.name: why for stage, why in stages.plan(run, until)}
+
+
+@pytest.fixture
+def trained(make_run: MakeRun) -> Run:
+    run = make_run()
+    stages.execute(run, "train")
+    return run
+
+
+def test_a_run_leaves_what_the_design_says(trained: Run) -> None:
+    found = {str(p.relative_to(trained.directory.path)) for p in trained.directory.path.rglob("*") if p.is_file()}
+    assert found >= {
+        *("profile.json", "manifest.json", "hparams.json", "vocab.txt"),
+        *("corpus/part-00000.txt", "corpus/part-00001.txt", "heldout/part-00000.txt"),
+        *("logs/tfrecords.log", "logs/train.log", "models/electra-tiny-spanish/checkpoint"),
+    }
+    assert any(name.startswith("pretrain_tfrecords/pretrain_data.tfrecord-0-of-") for name in found)
+    assert any(name.startswith("heldout_tfrecords/") for name in found)
+    assert not [name for name in found if "partial" in name or ".old-" in name]
+    hparams = json.loads((trained.directory / "hparams.json").read_text(encoding="utf-8"))
+    assert hparams["vocab_size"] == len((trained.directory / "vocab.txt").read_text(encoding="utf-8").splitlines())
+
+
+def test_held_out_text_is_not_trained_on(trained: Run) -> None:
+    def documents(name: str) -> set[str]:
+        text = "".join(p.read_text(encoding="utf-8") for p in (trained.directory / name).iterdir())
+        return set(text.split("\n\n")) - {""}
+
+    assert documents("heldout") and not documents("heldout") & documents("corpus")
+    trained_on = b"".join(p.read_bytes() for p in (trained.directory / "pretrain_tfrecords").iterdir())
+    for document in documents("heldout"):
+        assert b"/" + document.split("\n")[0].encode() not in trained_on
+
+
+def test_a_second_run_does_nothing(trained: Run, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*") if p.name != "manifest.json"}
+    began = time.monotonic()
+    stages.execute(make_run(), "train")
+    assert time.monotonic() - began < 5
+    assert "nothing to do" in capsys.readouterr().err
+    after = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*") if p.name != "manifest.json"}
+    ignored = {trained.directory.path, trained.directory / "profile.json", trained.directory / ".lock"}
+    assert {k: v for k, v in before.items() if k not in ignored} == {k: v for k, v in after.items() if k not in ignored}
+
+
+def test_a_run_can_be_moved(trained: Run, make_run: MakeRun, tmp_path: Path) -> None:
+    trained.directory.path.rename(tmp_path / "moved")
+    assert todo(Run(make_run().profile, RunDir(tmp_path / "moved"))) == {}
+
+
+def test_more_steps_continue_the_training(trained: Run, make_run: MakeRun) -> None:
+    more = make_run(steps=6)
+    assert todo(more) == {"train": "at step 4 of 6"}
+    stages.execute(more, "train")
+    log = (trained.directory / "logs" / "train.log").read_text(encoding="utf-8")
+    assert [line.split("/")[0] for line in log.splitlines() if "loss:" in line] == ["1", "2", "3", "4", "5", "6"]
+    assert more.recorded("train")["facts"]["from_step"] == 4
+    with pytest.raises(UsageError, match=r"at step 6, train.steps = 5"):
+        stages.plan(make_run(steps=5), "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.learning_rate=0.5", "learning_rate was 0.001 and is 0.5"),
+        ("train.batch_size=5", "train_batch_size was 4 and is 5"),
+        ("model.num_hidden_layers=3", "model_hparam_overrides was"),
+        ("train.seed=1", "train.seed was 0 and is 1"),
+        ("model.max_seq_length=16", "model.max_seq_length was 32 and is 16"),
+        ("tokenizer.vocab_size=250", "tokenizer.vocab_size was 300 and is 250"),
+        ("tokenizer.lowercase=true", "tokenizer.lowercase was False and is True"),
+        ("corpus.max_lines=100", "corpus.max_lines was None and is 100"),
+    ],
+)
+def test_a_model_is_never_continued_as_another(trained: Run, make_run: MakeRun, override: str, says: str) -> None:
+    before = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*")}
+    with pytest.raises(UsageError) as raised:
+        stages.execute(make_run(override), "train")
+    assert says in str(raised.value) and "--run-dir" in str(raised.value)
+    after = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*")}
+    lock = trained.directory / ".lock"
+    assert {k: v for k, v in before.items() if k != lock} == {k: v for k, v in after.items() if k != lock}
+
+
+def test_a_model_of_unknown_origin_is_refused(make_run: MakeRun) -> None:
+    run = make_run()
+    stages.execute(run, "tfrecords")
+    run.model_dir.mkdir(parents=True)
+    (run.model_dir / "model.ckpt-7.index").write_text("", encoding="utf-8")
+    (run.model_dir / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-7"\n', encoding="utf-8")
+    with pytest.raises(UsageError, match="did not train"):
+        stages.execute(run, "train")
+
+
+def test_another_model_name_is_another_model(trained: Run, make_run: MakeRun) -> None:
+    other = make_run("model_name=other", "train.learning_rate=0.5")
+    stages.execute(other, "train")
+    assert (other.model_dir / "checkpoint").is_file() and (trained.model_dir / "checkpoint").is_file()
+    assert todo(other) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "first", "says"),
+    [
+        ("corpus.max_lines=100", "corpus", "corpus.max_lines was None and is 100"),
+        ("tokenizer.vocab_size=250", "vocab", "tokenizer.vocab_size was 300 and is 250"),
+        ("model.max_seq_length=16", "tfrecords", "model.max_seq_length was 32 and is 16"),
+        ("train.seed=3", "tfrecords", "train.seed was 0 and is 3"),
+    ],
+)
+def test_what_changed_is_redone_and_the_former_set_aside(
+    make_run: MakeRun, override: str, first: str, says: str
+) -> None:
+    stages.execute(make_run(), "tfrecords")
+    changed = make_run(override)
+    plan = todo(changed, "tfrecords")
+    assert next(iter(plan.items())) == (first, says)
+    stages.execute(changed, "tfrecords")
+    assert (changed.directory / "pretrain_tfrecords.old-1").is_dir()
+    assert (changed.directory / "corpus.old-1").exists() == (first == "corpus")
+    assert todo(changed, "tfrecords") == {}
+
+
+@pytest.mark.parametrize("name", ["corpus/part-00000.txt", "vocab.txt", "pretrain_tfrecords", "heldout/part-00000.txt"])
+def test_one_changed_byte_is_noticed(make_run: MakeRun, name: str) -> None:
+    run = make_run()
+    stages.execute(run, "tfrecords")
+    path = run.directory / name
+    path = next(iter(path.iterdir())) if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "is not as this stage left it" in next(iter(todo(make_run(), "tfrecords").values()))
+    stages.execute(make_run(), "tfrecords")
+    assert todo(make_run(), "tfrecords") == {}
+
+
+def test_data_lost_under_a_model_is_rebuilt_and_the_model_kept(trained: Run, make_run: MakeRun) -> None:
+    shutil.rmtree(trained.directory / "pretrain_tfrecords")
+    stages.execute(make_run(), "train")
+    assert todo(make_run()) == {}
+    assert make_run().recorded("train")["facts"]["from_step"] == 0, "same records: the model stays up to date"
+
+
+def test_a_process_that_dies_fails_the_stage(make_run: MakeRun, text: Path) -> None:
+    """Upstream's script ends with code 0 all the same."""
+    text.write_text("una frase\n\n" + "CRASH\n", encoding="utf-8")
+    run = make_run("corpus.held_out=0")
+    with pytest.raises(StageFailed, match="process 1 died") as raised:
+        stages.execute(run, "tfrecords")
+    assert "Traceback: job 1 failed" in raised.value.tail and "tfrecords.log" in str(raised.value)
+    assert not (run.directory / "pretrain_tfrecords").exists()
+    assert run.recorded("tfrecords")["outcome"] == "failed"
+    text.write_text("una frase\n\n" + "otra\n", encoding="utf-8")
+    stages.execute(make_run("corpus.held_out=0"), "tfrecords")
+
+
+def test_a_script_that_fails_shows_its_last_lines(make_run: MakeRun) -> None:
+    with pytest.raises(StageFailed, match="ended with code 1") as raised:
+        stages.execute(make_run("train.learning_rate=0.666"), "train")
+    assert raised.value.tail.endswith("loss was NaN")
+
+
+def test_scripts_get_a_clean_environment(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("PYTHONSTARTUP", "/tmp/evil.py")
+    run = make_run("train.seed=5")
+    stages.execute(run, "train")
+    log = run.log("train").read_text(encoding="utf-8")
+    assert "\nclean\n" in log and "seed 5 gpus -1" in log
+    everything = b"".join(p.read_bytes() for p in run.directory.path.rglob("*") if p.is_file())
+    assert b"secret" not in everything
+
+
+def test_the_plan_is_told_and_a_dry_run_touches_nothing(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    stages.execute(run, "check", dry_run=True)
+    said = capsys.readouterr().err
+    assert "would do: corpus (not done yet)" in said and "would do: check (follows convert)" in said
+    assert not run.directory.path.exists()
+
+
+def test_one_run_at_a_time(make_run: MakeRun) -> None:
+    with make_run().directory.lock(), pytest.raises(UsageError, match=f"in use by process {os.getpid()}"):
+        stages.execute(make_run(), "corpus")
+
+
+def test_a_damaged_manifest_is_one_line(trained: Run, make_run: MakeRun) -> None:
+    (trained.directory / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match="is damaged"):
+        make_run()
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "shards", "files"), [(0, 4, 4), (5, 4, 4), (5, 2, 4), (100, 4, 100), (5400, 8, 1000), (9000, 3, 999)]
+)
+def test_record_files_fit_the_text(megabytes: int, shards: int, files: int) -> None:
+    found = stages.record_files(megabytes * 2**20, shards)
+    assert found % shards == 0 and abs(found - files) <= shards
+
+
+def interruptible(tmp_path: Path, script: str) -> subprocess.Popen[str]:
+    """A process that runs `script` through process.run, as the wrapper runs upstream's."""
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom electra_wrap import process, cli, errors\n"
+        "class A: debug = False\n"
+        "def go(a): process.run([sys.executable, '-u', 'script.py'], cwd=Path.cwd(), env={}, log=Path('log'), "
+        "on_line=lambda l: print(l, flush=True))\n"
+        "A.function = staticmethod(go)\ncli.main(A)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+WAITS = """
+import signal, sys, time
+def stop(number, frame):
+    print("saving", flush=True)
+    if "{stubborn}" == "no":
+        sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_script_save(tmp_path: Path, number: signal.Signals) -> None:
+    process = interruptible(tmp_path, WAITS.format(stubborn="no"))
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    output, error = process.communicate(timeout=20)
+    assert (process.returncode, output) == (130, "saving\n")
+    assert error.strip() == "electra_wrap: error: interrupted; the same command resumes"
+
+
+def test_a_second_signal_ends_a_script_that_does_not_stop(tmp_path: Path) -> None:
+    process = interruptible(tmp_path, WAITS.format(stubborn="yes"))
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+
+
+def test_manifest_says_what_each_stage_was_made_from(trained: Run) -> None:
+    manifest: dict[str, Any] = json.loads((trained.directory / "manifest.json").read_text(encoding="utf-8"))
+    train = manifest["stages"]["train"]
+    assert train["outcome"] == "done" and train["seconds"] >= 0
+    assert set(train["versions"]) == {"tensorflow", "upstream", "patched upstream"}
+    assert train["facts"]["step"] == 4 and train["facts"]["final_loss"] == 12.5
+    assert len(train["inputs"]["records"]) == 64

@@ -1,0 +1,254 @@
+"""With google-research/electra itself: the whole way, and the traps that only its scripts can show closed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SPANISH, child, tiny
+
+from electra_wrap import paths, process, stages, vocab
+from electra_wrap.rundir import RunDir
+from electra_wrap.stages import Run
+from electra_wrap.upstream import scripts
+
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("upstream")]
+
+
+@pytest.fixture(scope="module")
+def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    documents = (
+        "".join(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH)) + "\n" for i in range(60)
+    )
+    path.write_text("".join(documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus_text: Path, upstream: Path) -> Run:
+    """A whole run of four steps."""
+    run = Run(tiny(corpus_text), RunDir(tmp_path_factory.mktemp("whole") / "run"))
+    stages.execute(run, "check")
+    return run
+
+
+def losses(run: Run) -> list[float]:
+    text = run.log("train").read_text(encoding="utf-8")
+    return [float(m) for m in re.findall(r"^\d+/\d+ = .* - loss: (\S+)$", text, re.M)]
+
+
+def test_text_becomes_two_models_that_load(finished: Run, cli: Callable[..., Any]) -> None:
+    facts = finished.recorded("check")["facts"]
+    assert facts["detected"][0]["text"] == stages.QUESTIONS[0]
+    assert len(facts["detected"][0]["tokens"]) == len(facts["detected"][0]["replaced"])
+    card = (finished.directory / "hf" / "generator" / "README.md").read_text(encoding="utf-8")
+    assert "language: es" in card and "trained for 4 steps" in card
+    done = cli("detect", "--model", str(finished.directory.path), "--json", SPANISH[0])
+    assert json.loads(done.stdout)[0]["text"] == SPANISH[0]
+    table = cli("detect", "--model", str(finished.directory / "hf"), "--verbose", SPANISH[0]).stdout
+    assert re.search(r"^\s+[01]( +[01])+\s*$", table, re.M) and re.search(r"0\.\d{3}", table)
+
+
+def test_grappler_has_nothing_to_complain_of(finished: Run) -> None:
+    """On TensorFlow 2 the unpatched graph fails to optimise: `layout failed`, `topological sort failed`."""
+    log = finished.log("train").read_text(encoding="utf-8")
+    assert "Model is built!" in log
+    assert not re.search(r"^E\d.*(failed: OUT_OF_RANGE|topological sort|tfg_optimizer)", log, re.M)
+
+
+def test_a_second_run_does_nothing_and_more_steps_resume(finished: Run, corpus_text: Path) -> None:
+    again = Run(tiny(corpus_text), RunDir(finished.directory.path))
+    assert stages.plan(again, "check") == []
+    more = Run(tiny(corpus_text, steps=6), RunDir(finished.directory.path))
+    assert [stage.name for stage, _ in stages.plan(more, "check")] == ["train", "convert", "check"]
+    stages.execute(more, "train")
+    assert len(losses(more)) == 6 and scripts.latest_step(more.model_dir) == 6
+
+
+def test_the_same_profile_gives_the_same_records_and_losses(finished: Run, corpus_text: Path, tmp_path: Path) -> None:
+    twin = Run(tiny(corpus_text), RunDir(tmp_path / "twin"))
+    stages.execute(twin, "train")
+    for name in ("corpus", "vocab.txt", "pretrain_tfrecords", "heldout_tfrecords"):
+        assert twin.directory.digest(twin.directory / name) == finished.directory.digest(finished.directory / name)
+    assert losses(twin) == losses(finished)[:4]
+    other = Run(tiny(corpus_text, "train.seed=1"), RunDir(tmp_path / "other"))
+    stages.execute(other, "train")
+    records = "pretrain_tfrecords"
+    assert other.directory.digest(other.directory / records) != twin.directory.digest(twin.directory / records)
+    assert losses(other) != losses(twin)
+
+
+def test_no_warm_up_is_no_nan_and_logs_are_as_often_as_asked(finished: Run, corpus_text: Path) -> None:
+    run = Run(
+        tiny(corpus_text, "train.warmup_steps=0", "train.log_every=3", "model_name=cold", steps=7),
+        RunDir(finished.directory.path),
+    )
+    run.log("train").rename(run.log("train").with_suffix(".before"))
+    stages.execute(run, "train")
+    assert all(math.isfinite(loss) for loss in losses(run)) and len(losses(run)) == 2
+    stages.execute(run, "convert")  # refuses weights that are not finite
+    run.log("train").with_suffix(".before").replace(run.log("train"))
+
+
+def test_blank_lines_separate_documents_or_do_not(upstream: Path, finished: Run, tmp_path: Path) -> None:
+    """Upstream's own flag was true whatever one gave it."""
+    sizes = {}
+    for value in (True, False):
+        wanted = scripts.Records(
+            corpus=finished.directory / "corpus",
+            vocabulary=finished.vocabulary,
+            output=tmp_path / str(value),
+            max_seq_length=128,
+            processes=2,
+            files=2,
+            lowercase=False,
+            strip_accents=False,
+            blank_lines_separate_documents=value,
+            seed=0,
+        )
+        scripts.build_records(upstream, wanted, tmp_path / "log", lambda n: None)
+        assert len(list(wanted.output.iterdir())) == 2
+        sizes[value] = sum(stages._count(path) for path in wanted.output.iterdir())
+    # A document here is longer than half an example: cut at each one, the text fills fewer tokens of each.
+    assert sizes[True] > 1.1 * sizes[False]
+    arguments = [a.replace("=False", "=no") for a in wanted.arguments()]
+    done = subprocess.run(
+        [sys.executable, upstream / "build_pretraining_dataset.py", *arguments],
+        env=process.environment({}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "invalid bool value: 'no'" in done.stderr
+
+
+@pytest.mark.parametrize(("lowercase", "strip_accents"), [(False, False), (True, False), (True, True)])
+def test_transformers_tokens_are_those_of_training(
+    upstream: Path, finished: Run, tmp_path: Path, lowercase: bool, strip_accents: bool
+) -> None:
+    vocab.write_tokenizer(
+        tmp_path,
+        vocab.read(finished.vocabulary),
+        lowercase=lowercase,
+        strip_accents=strip_accents,
+        max_length=32,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}', encoding="utf-8")
+    ours = json.loads(child("hf_tokens.py", tmp_path, *SPANISH, HF_HUB_OFFLINE="1"))["auto"]
+    keys = {"texts": SPANISH, "do_lower_case": lowercase, "strip_accents": strip_accents}
+    theirs = child("upstream_tokens.py", upstream, finished.vocabulary, json.dumps(keys))
+    assert ours == json.loads(theirs)
+    assert any("á" in t for tokens in ours for t in tokens) != strip_accents
+
+
+def test_a_damaged_record_stops_training(upstream: Path, finished: Run, tmp_path: Path) -> None:
+    """If the wrapper did not notice it, TensorFlow would: nothing trains on a flipped byte."""
+    run = Run(finished.profile, RunDir(tmp_path / "run"))
+    stages.execute(run, "tfrecords")
+    for path in (run.directory / "pretrain_tfrecords").iterdir():
+        content = bytearray(path.read_bytes())
+        content[20] ^= 1  # in the first record
+        path.write_bytes(content)
+    (run.directory / "hparams.json").write_text(json.dumps(run.hparams()), encoding="utf-8")
+    with pytest.raises(stages.StageFailed, match="ended with code") as raised:
+        scripts.train(
+            upstream,
+            run.directory.path,
+            "m",
+            run.directory / "hparams.json",
+            seed=0,
+            precision="float32",
+            xla=False,
+            gpu=False,
+            log=tmp_path / "log",
+            on_step=lambda step, loss: None,
+        )
+    assert "DataLossError" in (tmp_path / "log").read_text(encoding="utf-8") and raised.value.tail
+
+
+def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "electra_wrap", "run", "--run-dir", str(finished.directory.path), "--until", "train"),
+        *("--set", f"corpus.source={corpus_text}"),
+    ]
+    keys = ("tokenizer.vocab_size=300", "model.hidden_size=64", "model.max_seq_length=32", "train.warmup_steps=1")
+    keys += ("train.batch_size=4", "train.log_every=1", "train.device=cpu", "corpus.held_out=0.2")
+    keys += ("train.steps=100000", "model_name=long")
+    for key in keys:
+        command += ["--set", key]
+    environment = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)}
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    log = finished.log("train")
+    deadline = time.monotonic() + 120
+    while "/100000 = " not in log.read_text(encoding="utf-8") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130, error
+    step = scripts.latest_step(finished.directory.model_dir("long"))
+    assert step and f"step {step:,} is saved, the same command resumes there" in error.splitlines()[-1]
+
+
+def test_the_learning_rate_sees_the_step_before_it_advances(upstream: Path) -> None:
+    """The graph reads the step for the learning rate and writes it; read after write, warm-up begins a step early."""
+    rates = json.loads(child("learning_rates.py", upstream))
+    assert rates == pytest.approx([0.0, 0.25 * 0.9, 0.5 * 0.8, 0.75 * 0.7, 0.6])
+
+
+def test_evaluation_runs_on_the_latest_checkpoint(upstream: Path, finished: Run, tmp_path: Path) -> None:
+    step = scripts.latest_step(finished.model_dir)
+    hparams = {
+        **finished.hparams(),
+        "do_train": False,
+        "do_eval": True,
+        "num_eval_steps": 2,
+        "pretrain_tfrecords": str(finished.directory / "heldout_tfrecords" / "*"),
+    }
+    (tmp_path / "h.json").write_text(json.dumps(hparams), encoding="utf-8")
+    scripts.train(
+        upstream,
+        finished.directory.path,
+        finished.profile.model_name,
+        tmp_path / "h.json",
+        seed=0,
+        precision="float32",
+        xla=False,
+        gpu=False,
+        log=tmp_path / "log",
+        on_step=lambda step, loss: None,
+    )
+    log = (tmp_path / "log").read_text(encoding="utf-8")
+    metrics = dict(re.findall(r"^  (\w+) = (\S+)$", log, re.M))
+    assert metrics["global_step"] == str(step)
+    assert {"disc_auc", "disc_accuracy", "disc_loss", "masked_lm_accuracy", "loss"} <= metrics.keys()
+    assert list((finished.model_dir / "eval").glob("events.*"))
+
+
+def test_a_tpu_is_refused_clearly(upstream: Path, finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "h.json").write_text(json.dumps({**finished.hparams(), "use_tpu": True}), encoding="utf-8")
+    with pytest.raises(stages.StageFailed) as raised:
+        scripts.train(
+            upstream,
+            finished.directory.path,
+            "tpu",
+            tmp_path / "h.json",
+            seed=0,
+            precision="float32",
+            xla=False,
+            gpu=False,
+            log=tmp_path / "log",
+            on_step=lambda step, loss: None,
+        )
+    assert raised.value.tail.endswith("TPUs are not supported: set use_tpu to false")
