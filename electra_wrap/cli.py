@@ -223,6 +223,8 @@ def main(arguments: argparse.Namespace) -> None:
             arguments.function(arguments)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; the same command resumes") from None
+        except BrokenPipeError:  # `… | head`: the reader has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise EnvironmentLacks(f"{error.strerror or error}{where}; mend that and run again") from error

@@ -180,9 +180,7 @@ class Profile(_Section):
         current directory. UsageError, naming file, key, value and mend, for anything that is not a profile.
         """
         values, origin = _read(find(name))
-        for override in overrides:
-            key, value = parse_override(override)
-            _merge(values, _nest(key, value), origin, "--set", Path.cwd())
+        _merge(values, _gather(overrides), origin, "--set", Path.cwd())
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -329,7 +327,14 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict
 def _merge(
     values: dict[str, Any], new: dict[str, Any], origin: dict[str, str], where: str, base: Path, prefix: str = ""
 ) -> None:
-    """Merge `new` into `values` key by key, resolving relative paths against `base`."""
+    """Merge `new` into `values` key by key, resolving relative paths against `base`.
+
+    A new tokenizer.source has none of what was said of the former one.
+    """
+    if prefix == "tokenizer." and "source" in new:
+        for former in ("sha256", "vocab_size"):
+            values.pop(former, None)
+            origin.pop(f"tokenizer.{former}", None)
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(values.get(key, {}), dict):
@@ -347,10 +352,19 @@ def _absolute(source: Any, base: Path) -> Any:
     return str(base / Path(source).expanduser())
 
 
-def _nest(dotted: str, value: Any) -> dict[str, Any]:
-    for part in reversed(dotted.split(".")):
-        value = {part: value}
-    return dict(value)
+def _gather(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the KEY=VALUEs as one nested dictionary; of the same key, the last."""
+    gathered: dict[str, Any] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        node = gathered
+        *parents, last = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"--set {override!r}: {part} is set to a value as well; set one of the two")
+        node[last] = value
+    return gathered
 
 
 def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:

@@ -150,6 +150,15 @@ def test_extends_inherits_and_ends(tmp_path: Path, base: str) -> None:
     assert "back to itself" in error(str(child))
 
 
+def test_a_new_vocabulary_has_nothing_of_the_former_one(tmp_path: Path) -> None:
+    """Neither the digest of another vocabulary nor its size."""
+    given = ["tokenizer.vocab_size=900", "tokenizer.source=train", "tokenizer.lowercase=true"]
+    tokenizer = Profile.load("spanish-demo", given).tokenizer
+    assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size, tokenizer.lowercase) == ("train", None, 900, True)
+    tokenizer = Profile.load("spanish-tiny", ["tokenizer.source=/v.txt", "tokenizer.sha256=" + "a" * 64]).tokenizer
+    assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size) == ("/v.txt", "a" * 64, None)
+
+
 def test_relative_paths_belong_to_who_wrote_them(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

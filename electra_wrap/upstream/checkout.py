@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -168,10 +169,8 @@ def _fetch(pin: Pin, source: str) -> None:
 
 def _reason(error: Exception) -> str:
     """git's own last word on a failure."""
-    text = str(getattr(error, "stderr", "") or error)
-    lines = [line.strip(" '\n") for line in text.splitlines() if line.strip(" '\n")]
-    said = [line for line in lines if line.startswith(("fatal:", "error:"))] or lines or ["no answer"]
-    return said[0].removeprefix("stderr: ").removeprefix("fatal: ").removeprefix("error: ")
+    said = re.search(r"\b(?:fatal|error): (.+)", str(getattr(error, "stderr", "") or error))
+    return said[1].strip(" '") if said else "no answer"
 
 
 @contextlib.contextmanager
