@@ -4,15 +4,12 @@ TensorFlow 2.16 dropped Estimator. What the script needs of it is small: build o
 MonitoredTrainingSession with the script's own hooks, save checkpoints and summaries, or evaluate the latest
 checkpoint. Names and arguments are Estimator's, because the script calls them.
 
-What the scripts have no argument for (seed, precision, XLA) comes from the environment: see `Runtime`.
+What the scripts have no argument for (seed, precision, XLA) comes from the environment: see scripts.Runtime.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -20,27 +17,10 @@ from typing import Any
 
 import tensorflow.compat.v1 as tf
 
+from electra_wrap.upstream.scripts import INTERRUPTED, Runtime
+
 SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
-
-#: Exit code of a script that was asked to stop, saved a checkpoint and did so.
-INTERRUPTED = 75
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """Settings of a training process that upstream's scripts have no argument for."""
-
-    seed: int
-    precision: str = "float32"
-    xla: bool = False
-
-    VARIABLE = "ELECTRA_WRAP_RUNTIME"
-
-    @classmethod
-    def from_environ(cls) -> Runtime:
-        """Read what the parent process wrote. KeyError if the script was not started by electra_wrap."""
-        return cls(**json.loads(os.environ[cls.VARIABLE]))
 
 
 class ModeKeys:
@@ -82,7 +62,7 @@ class _TPU:
             self._model_fn = model_fn
             self._config = config
             self._batch_size = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size}
-            self._runtime = Runtime.from_environ()
+            self._runtime = Runtime.read()
 
         def train(self, input_fn: Callable[..., Any], max_steps: int) -> None:
             """Continue from the latest checkpoint of model_dir, if any, until the global step is `max_steps`.

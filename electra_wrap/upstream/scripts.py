@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from electra_wrap import process
-from electra_wrap.errors import StageFailed
+from electra_wrap.errors import Interrupted, StageFailed
 
 #: A line of upstream's ETAHook, e.g. `20/200 = 10.0%, SPS: 3.1, ELAP: 9, ETA: 58 - loss: 41.2034`.
 _STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
 _JOB_DONE = re.compile(r"^Job (\d+): Done!$")
-_JOB_FILES = re.compile(r"^Job (\d+): processed (\d+)/(\d+) files")
+
+#: Exit code of a script that was asked to stop, saved a checkpoint and did so.
+INTERRUPTED = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Settings of a training process that upstream's scripts have no argument for: they go by the environment."""
+
+    seed: int
+    precision: str = "float32"
+    xla: bool = False
+
+    @classmethod
+    def read(cls) -> Runtime:
+        """Return what the parent process wrote. KeyError if the script was not started by electra_wrap."""
+        return cls(**json.loads(os.environ["ELECTRA_WRAP_RUNTIME"]))
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment that `read` reads."""
+        return {"ELECTRA_WRAP_RUNTIME": json.dumps(dataclasses.asdict(self))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +96,7 @@ def train(
     model_name: str,
     hparams: Path,
     *,
-    seed: int,
-    precision: str,
-    xla: bool,
+    runtime: Runtime,
     gpu: bool,
     log: Path,
     on_step: Callable[[int, float], None],
@@ -89,10 +108,10 @@ def train(
             on_step(int(match[1]), float(match[3]))
 
     environment = {
-        "ELECTRA_WRAP_RUNTIME": json.dumps({"seed": seed, "precision": precision, "xla": xla}),
+        **runtime.variables(),
         **({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
         # XLA compiles for the CPU only when told so here.
-        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpu else {}),
+        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if runtime.xla and not gpu else {}),
     }
     arguments = [f"--data-dir={data_dir}", f"--model-name={model_name}", f"--hparams={hparams}"]
     _run(checkout, "run_pretraining.py", arguments, log, environment, read)
@@ -110,6 +129,8 @@ def _run(
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(argv)}\n")
     code = process.run(argv, cwd=checkout, env=process.environment(extra), log=log, on_line=on_line)
+    if code == INTERRUPTED:  # by a signal that went to it alone
+        raise Interrupted("interrupted; the same command resumes")
     if code:
         raise StageFailed(f"{script} ended with code {code}; the whole log is {log}", process.tail(log))
 
