@@ -39,7 +39,6 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
         "PYTHONPATH": str(paths.PACKAGE.parent),  # the patched scripts import electra_wrap
         "PYTHONNOUSERSITE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",  # a checkout with anything extra in it is refused
-        "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
         "TF_CPP_MIN_LOG_LEVEL": "1",
         **extra,

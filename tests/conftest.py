@@ -128,8 +128,7 @@ for job in range(int(a.num_processes)):
     with open(os.path.join(a.corpus_dir, names[job]), encoding="utf-8") as f:
         text = f.read()
     if "CRASH" in text:
-        print("Traceback: job", job, "failed")
-        continue
+        raise SystemExit("job %d failed" % job)
     out = os.path.join(a.output_dir, "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files))
     with open(out, "wb") as f:
         for line in text.splitlines():

@@ -133,6 +133,17 @@ def test_blank_lines_separate_documents_or_do_not(upstream: Path, finished: Run,
     assert done.returncode == 2 and "invalid bool value: 'no'" in done.stderr
 
 
+def test_a_process_that_dies_fails_the_script(upstream: Path, finished: Run, tmp_path: Path) -> None:
+    """Upstream's own script ended with code 0, and a part of the records was missing."""
+    run = Run(finished.profile, RunDir(tmp_path / "run"))
+    stages.execute(run, "vocab")
+    (run.directory / "corpus" / "part-00001.txt").write_bytes(b"\xff\xfe no text \xff\n")
+    with pytest.raises(stages.StageFailed, match="ended with code 1") as raised:
+        stages._tfrecords(run)
+    assert "a process ended before its work was done" in raised.value.tail
+    assert not (run.directory / "pretrain_tfrecords").exists()
+
+
 @pytest.mark.parametrize(("lowercase", "strip_accents"), [(False, False), (True, False), (True, True)])
 def test_transformers_tokens_are_those_of_training(
     upstream: Path, finished: Run, tmp_path: Path, lowercase: bool, strip_accents: bool
