@@ -35,12 +35,12 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a child process: ours, cleaned, and `extra`."""
     passed = {k: v for k, v in os.environ.items() if k in _PASSED or k.startswith(_PASSED_PREFIXES)}
     return {
+        "TF_CPP_MIN_LOG_LEVEL": "1",
         **passed,
         "PYTHONPATH": str(paths.PACKAGE.parent),  # the patched scripts import electra_wrap
         "PYTHONNOUSERSITE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",  # a checkout with anything extra in it is refused
         "PYTHONUTF8": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "1",
         **extra,
     }
 

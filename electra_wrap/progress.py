@@ -63,11 +63,11 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 42 s, 13 min, 5.2 h, 12 days."""
+    """Return seconds as a person says them: 42 s, 13 min, 5.2 h, 288 h (12 days)."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.0f} days"
+    return f"{seconds / 3600:,.0f} h ({seconds / 86400:.0f} days)"

@@ -291,7 +291,7 @@ def choose_device(run: Run) -> bool:
         )
     left = run.profile.train.steps - (scripts.latest_step(run.model_dir) or 0)
     seconds = left * run.profile.flops_per_step(len(vocab.read(run.vocabulary))) / _cpu_flops()
-    say(f"train: on the CPU; {left:,} steps will take about {duration(seconds)} ({seconds / 3600:.1f} hours) at best")
+    say(f"train: on the CPU; {left:,} steps will take about {duration(seconds)} at best")
     return False
 
 

@@ -148,7 +148,7 @@ d = os.path.join(a.data_dir, "models", a.model_name)
 os.makedirs(d, exist_ok=True)
 state = os.path.join(d, "checkpoint")
 start = int(re.search(r"ckpt-(\\d+)", open(state).read())[1]) if os.path.exists(state) else 0
-print("seed", json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])["seed"], "gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
+print(os.environ["ELECTRA_WRAP_RUNTIME"], os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("TF_XLA_FLAGS"))
 print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN") else "clean")
 if h["learning_rate"] == 0.666:
     print("loss was NaN"); raise SystemExit(1)

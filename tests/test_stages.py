@@ -192,10 +192,11 @@ def test_a_script_that_fails_shows_its_last_lines(make_run: MakeRun) -> None:
 def test_scripts_get_a_clean_environment(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("PYTHONSTARTUP", "/tmp/evil.py")
-    run = make_run("train.seed=5")
+    run = make_run("train.seed=5", "train.precision=tf32", "train.xla=true")
     stages.execute(run, "train")
     log = run.log("train").read_text(encoding="utf-8")
-    assert "\nclean\n" in log and "seed 5 gpus -1" in log
+    assert "\nclean\n" in log
+    assert '{"seed": 5, "precision": "tf32", "xla": true} -1 --tf_xla_cpu_global_jit' in log
     everything = b"".join(p.read_bytes() for p in run.directory.path.rglob("*") if p.is_file())
     assert b"secret" not in everything
 
