@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from electra_wrap import __version__, profile
-from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError
+from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError, from_os
 
 DEFAULT_PROFILE = "spanish-tiny"
 
@@ -79,13 +79,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     add_upstream(add(vendor, "fetch, verify and patch google-research/electra"))
 
-    command = add(convert, "convert a TensorFlow checkpoint for transformers")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="directory, or prefix like model.ckpt-1000")
+    command = add(convert, "convert a TensorFlow checkpoint for transformers, or back")
+    command.add_argument(
+        "source",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="directory, or prefix like model.ckpt-1000; with --to-tf: DISCRIMINATOR GENERATOR",
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written")
+    command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     command.add_argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written")
     command.add_argument("--model", choices=["both", *profile.NETWORKS], default="both")
     command.add_argument("--lowercase", action="store_true", help="the model was trained on lowercased text")
     command.add_argument("--strip-accents", action="store_true", help="… and without accents")
+    command.add_argument(
+        "--max-length", type=int, metavar="N", help="longest text for the tokenizer (default: positions)"
+    )
+    command.add_argument("--heads", type=int, metavar="N", help="discriminator's attention heads (default: hidden/64)")
+    command.add_argument("--generator-heads", type=int, metavar="N", help="likewise the generator's")
+    command.add_argument(
+        "--to-tf", action="store_true", help="from transformers to a checkpoint at --step (default: 0)"
+    )
+    command.add_argument("--force", action="store_true", help="replace what is in --out")
 
     command = add(detect, "ask a discriminator which tokens were replaced")
     command.add_argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator")
@@ -149,20 +164,30 @@ def vendor(arguments: argparse.Namespace) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     from electra_wrap import process
 
-    if arguments.strip_accents and not arguments.lowercase:
-        raise UsageError("--strip-accents has an effect with --lowercase only; give both")
     out = Path(arguments.out).absolute()
-    process.call(
-        "electra_wrap.weights",
-        {
-            "checkpoint": str(Path(arguments.checkpoint).absolute()),
-            "out": str(out),
+    sources = [str(Path(source).absolute()) for source in arguments.source]
+    if len(sources) != 1 + arguments.to_tf:
+        raise UsageError("give one CHECKPOINT, or with --to-tf two directories: DISCRIMINATOR GENERATOR")
+    job: dict[str, Any] = {"out": str(out), "force": arguments.force}
+    if arguments.to_tf:
+        job |= {"task": "convert_back", "step": arguments.step or 0}
+        job |= dict(zip(profile.NETWORKS, sources, strict=True))
+    else:
+        if arguments.strip_accents and not arguments.lowercase:
+            raise UsageError("--strip-accents has an effect with --lowercase only; give both")
+        heads = {"discriminator": arguments.heads, "generator": arguments.generator_heads}
+        job |= {
+            "task": "convert",
+            "checkpoint": sources[0],
+            "step": arguments.step,
             "vocabulary": arguments.vocab and str(Path(arguments.vocab).absolute()),
             "networks": list(profile.NETWORKS) if arguments.model == "both" else [arguments.model],
+            "heads": {network: number for network, number in heads.items() if number},
             "lowercase": arguments.lowercase,
             "strip_accents": arguments.strip_accents,
-        },
-    )
+            "max_length": arguments.max_length,
+        }
+    process.call("electra_wrap.weights", job)
     print(out)
 
 
@@ -226,8 +251,7 @@ def main(arguments: argparse.Namespace) -> None:
         except BrokenPipeError:  # `… | head`: the reader has what it wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise EnvironmentLacks(f"{error.strerror or error}{where}; mend that and run again") from error
+            raise from_os(error) from error
     except ElectraWrapError as error:
         if arguments.debug:
             raise

@@ -19,6 +19,12 @@ class EnvironmentLacks(ElectraWrapError):
     exit_code = 3
 
 
+def from_os(error: OSError) -> EnvironmentLacks:
+    """What the system says of a file, as one of ours."""
+    where = f" ({error.filename})" if error.filename else ""
+    return EnvironmentLacks(f"{error.strerror or error}{where}; mend that and run again")
+
+
 class StageFailed(ElectraWrapError):
     """A stage failed. `tail` holds the last lines of its log."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from electra_wrap import paths
-from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, UsageError
+from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, UsageError, from_os
 
 #: What a child gets of our environment: nothing that injects code or that is secret.
 _PASSED = (
@@ -154,10 +154,16 @@ def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: M
     return answer["result"]
 
 
+def _answer(error: ElectraWrapError) -> dict[str, str]:
+    return {"error": str(error), "kind": type(error).__name__}
+
+
 def serve(function: Callable[..., Any]) -> None:
     """The child's side of `call`: read the job from stdin, print the result of `function(**job)` as JSON."""
     try:
         answer: dict[str, Any] = {"result": function(**json.load(sys.stdin))}
+    except OSError as error:
+        answer = _answer(from_os(error))
     except ElectraWrapError as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
+        answer = _answer(error)
     print(json.dumps(answer, ensure_ascii=False), flush=True)

@@ -102,16 +102,17 @@ class RunDir:
 def partial(path: Path) -> Iterator[Path]:
     """Yield the temporary name under which to make the file or directory `path`; put it in place at the end.
 
-    What an earlier, interrupted attempt left under that name is removed: nobody was told that it exists. After
-    an error it stays, to be looked at.
+    What an interrupted attempt left under that name, or this one leaves after an error, is removed: nobody was
+    told that it exists.
     """
     temporary = path.with_name(f"{path.name}.partial")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    else:
-        temporary.unlink(missing_ok=True)
-    yield temporary
+    _remove(temporary)
+    try:
+        yield temporary
+    except BaseException:
+        _remove(temporary)
+        raise
     for file in [temporary, *temporary.rglob("*")]:
         _sync(file)
     temporary.rename(path)
@@ -127,6 +128,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -329,11 +329,13 @@ def _convert(run: Run) -> dict[str, Any]:
         facts = process.call(
             "electra_wrap.weights",
             {
+                "task": "convert",
                 "checkpoint": str(run.model_dir / f"model.ckpt-{step}"),
                 "out": str(out),
                 "vocabulary": str(run.vocabulary),
                 "lowercase": run.profile.tokenizer.lowercase,
                 "strip_accents": run.profile.tokenizer.strip_accents,
+                "max_length": run.profile.model.max_seq_length,  # positions beyond it were never trained
                 "expected": {network: run.profile.hf_config(network, size) for network in NETWORKS},
             },
             log=run.log("convert"),

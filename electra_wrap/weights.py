@@ -9,9 +9,13 @@ Run as a module (`process.call`), because it imports TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import math
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,12 @@ import numpy as np
 from electra_wrap import process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS, Network, Shape, hf_config
-from electra_wrap.rundir import partial, write_json
+from electra_wrap.rundir import partial, write_json, write_text
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+#: Upstream's variable scope of each network. The generator shares embeddings in the discriminator's.
+_SCOPES = {"discriminator": "electra", "generator": "generator"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +58,7 @@ def rows(network: Network, layers: int, *, projection: bool, tied_embeddings: bo
 
     `projection`: embeddings and hidden size differ. `tied_embeddings`: the generator uses the discriminator's.
     """
-    scope = {"discriminator": "electra", "generator": "generator"}[network]
+    scope = _SCOPES[network]
     embeddings = f"{'electra' if tied_embeddings else scope}/embeddings"
     found = [
         *_plain(f"{embeddings}/word_embeddings", "electra.embeddings.word_embeddings.weight"),
@@ -86,124 +95,264 @@ def rows(network: Network, layers: int, *, projection: bool, tied_embeddings: bo
     return found
 
 
-#: Variables of a checkpoint that are no weights.
-_NOT_WEIGHTS = re.compile(r"(^global_step$|/adam_[mv]$)")
+#: Variables of a checkpoint that no model has: the optimizer's, the step, and what released checkpoints carry along.
+NOT_WEIGHTS = re.compile(r"^global_step$|/adam_[mv]$|(^|/)temperature$")
+
+#: Optimizer slots of upstream's AdamWeightDecayOptimizer, beside each variable.
+SLOTS = ("adam_m", "adam_v")
 
 
-def describe(network: Network, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Shape, int, list[Row]]:
-    """Return shape, vocabulary size and mapping of a network, read from the checkpoint's variable shapes.
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """One network as a checkpoint has it: transformers' config.json and the mapping."""
 
-    UsageError if the network is not there.
+    config: dict[str, Any]
+    mapping: list[Row]
+
+
+def describe(network: Network, shapes: Shapes, heads: int | None = None) -> Described:
+    """Read one network's configuration and mapping off a checkpoint's variable shapes.
+
+    The number of attention heads leaves no trace in shapes: it is hidden size // 64, as upstream has it, or
+    `heads`. UsageError, with the names, if the network is not there, is incomplete or is Electric's.
     """
-    scope = {"discriminator": "electra", "generator": "generator"}[network]
+    scope = _SCOPES[network]
+    if any(name.startswith("generator_ltr/") for name in shapes):
+        raise UsageError(
+            "the checkpoint is Electric's, whose generator has two towers; transformers has no such model: "
+            "convert an ELECTRA checkpoint"
+        )
     tied = f"{scope}/embeddings/word_embeddings" not in shapes
-    words = f"{'electra' if tied else scope}/embeddings/word_embeddings"
+    embeddings = f"{'electra' if tied else scope}/embeddings"
     first = f"{scope}/encoder/layer_0/intermediate/dense/kernel"
-    if words not in shapes or first not in shapes:
-        raise UsageError(f"the checkpoint has no {network} ({first} is missing); give a pre-training checkpoint")
-    vocab_size, embedding = shapes[words]
+    if missing := [name for name in (f"{embeddings}/word_embeddings", first) if name not in shapes]:
+        raise UsageError(f"the checkpoint has no {network} ({missing[0]} is missing); give a pre-training checkpoint")
+    vocab_size, embedding_size = shapes[f"{embeddings}/word_embeddings"]
     hidden, intermediate = shapes[first]
-    layers = {int(m[1]) for name in shapes if (m := re.match(rf"{scope}/encoder/layer_(\d+)/", name))}
-    shape = Shape(embedding, hidden, max(layers) + 1, max(1, hidden // 64), intermediate)
-    mapping = rows(network, shape.num_hidden_layers, projection=embedding != hidden, tied_embeddings=tied)
-    return shape, vocab_size, mapping
+    layers = 1 + max(int(m[1]) for name in shapes if (m := re.match(rf"{scope}/encoder/layer_(\d+)/", name)))
+    heads = heads or max(1, hidden // 64)
+    if hidden % heads:
+        raise UsageError(f"the {network}'s hidden size {hidden} is not divisible by {heads} heads; give a divisor")
+    mapping = rows(network, layers, projection=embedding_size != hidden, tied_embeddings=tied)
+    if missing := [row.tensorflow for row in mapping if row.tensorflow not in shapes]:
+        raise UsageError(f"the {network} lacks {_list(missing)}; give a complete checkpoint")
+    config = {
+        **hf_config(network, Shape(embedding_size, hidden, layers, heads, intermediate), vocab_size),
+        "max_position_embeddings": shapes[f"{embeddings}/position_embeddings"][0],
+        "type_vocab_size": shapes[f"{embeddings}/token_type_embeddings"][0],
+    }
+    return Described(config, mapping)
+
+
+def unknown(shapes: Shapes) -> list[str]:
+    """Return the variables that neither network nor `NOT_WEIGHTS` accounts for."""
+    known: set[str] = set()
+    for network in NETWORKS:
+        with contextlib.suppress(UsageError):  # one network alone is a complete checkpoint of it
+            known |= {row.tensorflow for row in describe(network, shapes).mapping}
+    return sorted(name for name in shapes if name not in known and not NOT_WEIGHTS.search(name))
+
+
+# --- TensorFlow to PyTorch ------------------------------------------------------------------------------------
 
 
 def convert(
     checkpoint: str,
     out: str,
+    *,
+    step: int | None = None,
     vocabulary: str | None = None,
-    networks: list[Network] | None = None,
+    networks: Sequence[Network] = NETWORKS,
+    heads: Mapping[Network, int] | None = None,
     lowercase: bool = False,
     strip_accents: bool = False,
-    expected: Mapping[Network, Any] | None = None,
     max_length: int | None = None,
+    expected: Mapping[Network, Any] | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write `out`/discriminator and `out`/generator, as transformers loads them, from a TensorFlow checkpoint.
 
-    `checkpoint` is a prefix (…/model.ckpt-100), its .index file, or a directory, whose latest is taken.
-    `expected` holds config.json contents that the checkpoint's shapes must agree with. Returns the prefix used
-    and the number of variables of each network. UsageError for what is no complete ELECTRA checkpoint, for a
-    vocabulary of another size, and for existing output.
+    `checkpoint` is a prefix (…/model.ckpt-100), its .index file, or a directory, whose `step` or latest is taken.
+    `expected` holds config.json contents with which the checkpoint's shapes must agree. Tensors pass one by one:
+    memory is that of TensorFlow and the largest of them. Returns the prefix used and the number of variables of
+    each network. UsageError for what is no complete ELECTRA checkpoint, for a vocabulary of another size, and
+    for existing output without `force`; then nothing is written.
     """
-    import tensorflow as tf
+    prefix = find(checkpoint, step)
+    import tensorflow as tf  # after what can fail without it
 
-    prefix = _prefix(checkpoint, tf)
     try:
         reader = tf.train.load_checkpoint(prefix)
-    except (tf.errors.OpError, ValueError) as error:
-        raise UsageError(f"{prefix}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
-    shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
-    described = {network: describe(network, shapes) for network in networks or NETWORKS}
-    _check_names(shapes, prefix)
-    tokens = vocab.read(Path(vocabulary)) if vocabulary else None
-    for network, (shape, vocab_size, mapping) in described.items():
-        if missing := [row.tensorflow for row in mapping if row.tensorflow not in shapes]:
-            raise UsageError(f"{prefix}: the {network} lacks {', '.join(missing[:3])}; give a complete checkpoint")
-        if tokens is not None and len(tokens) != vocab_size:
-            raise UsageError(f"{vocabulary} has {len(tokens)} tokens, the checkpoint {vocab_size}; give its vocabulary")
-        config = hf_config(network, shape, vocab_size)
-        for key, value in (expected or {}).get(network, {}).items():
-            if config.get(key) != value:
-                raise UsageError(f"{prefix}: the {network}'s {key} is {config.get(key)}, the profile says {value}")
-        if (target := Path(out) / network).exists():
-            raise UsageError(f"{target} exists; move it away or choose another --out")
-    for network, (shape, vocab_size, mapping) in described.items():
-        with partial(Path(out) / network) as directory:
-            directory.mkdir()
-            write_json(directory / "config.json", hf_config(network, shape, vocab_size))
-            _save({row.pytorch: _read(reader, row) for row in mapping}, directory / "model.safetensors")
-            if tokens is not None:
-                vocab.write_tokenizer(
-                    directory,
-                    tokens,
-                    lowercase=lowercase,
-                    strip_accents=strip_accents,
-                    max_length=max_length or hf_config(network, shape, vocab_size)["max_position_embeddings"],
+        shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+        described = {network: describe(network, shapes, (heads or {}).get(network)) for network in networks}
+        if names := unknown(shapes):
+            raise UsageError(f"variables that are not ELECTRA's: {_list(names)}; give a pre-training checkpoint")
+        tokens = vocab.read(Path(vocabulary)) if vocabulary else None
+        for network, one in described.items():
+            config = one.config
+            if tokens is not None and len(tokens) != config["vocab_size"]:
+                raise UsageError(
+                    f"{vocabulary} has {len(tokens)} tokens, the checkpoint {config['vocab_size']}; give its vocabulary"
                 )
-    return {"checkpoint": prefix, "variables": {network: len(d[2]) for network, d in described.items()}}
+            for key, value in (expected or {}).get(network, {}).items():
+                if config.get(key) != value:
+                    raise UsageError(
+                        f"the {network}'s {key} is {config.get(key)}, the profile says {value}; correct it"
+                    )
+        with contextlib.ExitStack() as stack:
+            for network, one in described.items():
+                directory = stack.enter_context(_output(Path(out) / network, force))
+                write_json(directory / "config.json", one.config)
+                sizes = {row.pytorch: shapes[row.tensorflow][:: -1 if row.transposed else 1] for row in one.mapping}
+                _save(directory / "model.safetensors", sizes, (_read(reader, row) for row in one.mapping))
+                if tokens is not None:
+                    vocab.write_tokenizer(
+                        directory,
+                        tokens,
+                        lowercase=lowercase,
+                        strip_accents=strip_accents,
+                        max_length=max_length or one.config["max_position_embeddings"],
+                    )
+    except UsageError as error:
+        raise UsageError(f"{prefix}: {error}") from None
+    except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:  # the reader's, for damaged files
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{prefix}: not a whole checkpoint ({reason}); take another one") from None
+    return {"checkpoint": prefix, "variables": {network: len(one.mapping) for network, one in described.items()}}
 
 
-def _prefix(checkpoint: str, tf: Any) -> str:
+def find(checkpoint: str, step: int | None = None) -> str:
+    """Return the prefix of the checkpoint meant. UsageError if there is none, or none of that `step`."""
     path = Path(checkpoint)
-    if path.is_dir():
-        if latest := tf.train.latest_checkpoint(str(path)):
-            return str(latest)
-        found = sorted(p.with_suffix("") for p in path.glob("*.index"))
-        if len(found) != 1:
-            raise UsageError(f"{path} has {len(found)} checkpoints and no `checkpoint` file; name one of them")
-        return str(found[0])
-    path = path.with_suffix("") if path.suffix == ".index" else path
-    if not path.with_name(f"{path.name}.index").is_file():
-        raise UsageError(f"{checkpoint}: no checkpoint; give a directory or a prefix like model.ckpt-1000")
-    return str(path)
-
-
-def _check_names(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
-    """UsageError if the checkpoint has a variable that neither network nor optimizer accounts for."""
-    known: set[str] = set()
-    for network in NETWORKS:
-        try:
-            known |= {row.tensorflow for row in describe(network, shapes)[2]}
-        except UsageError:
-            continue  # one network alone is a complete checkpoint of it
-    unknown = sorted(name for name in shapes if name not in known and not _NOT_WEIGHTS.search(name))
-    if unknown:
-        raise UsageError(f"{prefix}: unknown variables {', '.join(unknown[:3])} ({len(unknown)}); not ELECTRA's")
+    if not path.is_dir():
+        path = path.with_suffix("") if path.suffix == ".index" else path
+        if not path.with_name(f"{path.name}.index").is_file():
+            raise UsageError(f"{checkpoint}: no checkpoint; give a directory, or a prefix like model.ckpt-1000")
+        return str(path)
+    found = sorted(p.with_suffix("") for p in path.glob("*.index"))
+    if step is not None:
+        found = [p for p in found if p.name.endswith(f"-{step}")]
+    elif (path / "checkpoint").is_file():
+        text = (path / "checkpoint").read_text(encoding="utf-8", errors="replace")
+        latest = re.search(r'^model_checkpoint_path: "(?:.*/)?([^"/]+)"$', text, re.M)
+        found = [p for p in found if latest and p.name == latest[1]] or found
+    if len(found) != 1:
+        names = f" ({', '.join(p.name for p in found)})" if found else ""
+        of = "" if step is None else f" of step {step}"
+        raise UsageError(f"{path} has {len(found) or 'no'} checkpoints{of}{names}; name one")
+    return str(found[0])
 
 
 def _read(reader: Any, row: Row) -> np.ndarray:
     value = np.asarray(reader.get_tensor(row.tensorflow), dtype=np.float32)
     if not np.isfinite(value).all():
         raise UsageError(f"{row.tensorflow} has values that are not finite; take an earlier checkpoint")
-    return np.ascontiguousarray(value.T if row.transposed else value)
+    return value.T if row.transposed else value
 
 
-def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    from safetensors.numpy import save_file
+def _save(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
+    """Write float32 tensors as a safetensors file, one after the other.
 
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    The library's writer wants all of them in memory. The format is 8 bytes of header length, the header as JSON,
+    then the tensors' bytes in order (https://github.com/huggingface/safetensors, "Format").
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(np.ascontiguousarray(tensor, "<f4").data)
+
+
+# --- PyTorch to TensorFlow ------------------------------------------------------------------------------------
+
+
+def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0, force: bool = False) -> dict[str, Any]:
+    """Write `out`/model.ckpt-STEP, from which run_pretraining.py continues, from two directories of transformers.
+
+    The optimizer's slots, which transformers does not keep, are zero, as at the start of a training. UsageError if
+    the two are not the networks of one ELECTRA, or for existing output without `force`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    opened: dict[Network, Any] = {}
+    configs: dict[Network, dict[str, Any]] = {}
+    for network, directory in zip(NETWORKS, (Path(discriminator), Path(generator)), strict=True):
+        try:
+            configs[network] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            opened[network] = safe_open(directory / "model.safetensors", "numpy")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UsageError(f"{directory}: no {network} of transformers ({error}); give its directory") from None
+    # The output layer's weight is the word embeddings again.
+    names = {network: set(file.keys()) - {"generator_lm_head.weight"} for network, file in opened.items()}
+    tied = all(
+        name in names["discriminator"] and np.array_equal(*(file.get_tensor(name) for file in opened.values()))
+        for name in names["generator"]
+        if name.startswith("electra.embeddings.")
+    )
+    variables: dict[str, tuple[Row, Any]] = {}
+    for network, config in configs.items():
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        projection = config["embedding_size"] != hidden
+        if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
+            raise UsageError(
+                f"upstream has no {network} of hidden size {hidden} with {heads} heads and embeddings of its own "
+                f"of size {config['embedding_size']}; such a model cannot be converted"
+            )
+        mapping = rows(network, config["num_hidden_layers"], projection=projection, tied_embeddings=tied)
+        if wrong := sorted(names[network] ^ {row.pytorch for row in mapping}):
+            raise UsageError(f"{_list(wrong)}: missing in or foreign to a {network}; give a whole pre-trained one")
+        variables.update({row.tensorflow: (row, opened[network]) for row in mapping})
+    import tensorflow as tf  # after what can fail without it
+
+    with _output(Path(out), force) as directory:
+        zeros: dict[tuple[int, ...], Any] = {}
+        saved = {"global_step": tf.constant(step, tf.int64)}
+        for name, (row, tensors) in variables.items():
+            value = tensors.get_tensor(row.pytorch)
+            saved[name] = tf.constant(value.T if row.transposed else value, tf.float32)
+            zero = zeros.setdefault(tuple(saved[name].shape), tf.zeros_like(saved[name]))
+            saved.update((f"{name}/{slot}", zero) for slot in SLOTS)
+        prefix = f"model.ckpt-{step}"
+        tf.raw_ops.SaveV2(
+            prefix=str(directory / prefix),
+            tensor_names=list(saved),
+            shape_and_slices=[""] * len(saved),
+            tensors=list(saved.values()),
+        )
+        write_text(
+            directory / "checkpoint", f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "{prefix}"\n'
+        )
+    return {"checkpoint": str(Path(out) / prefix), "variables": len(variables)}
+
+
+@contextlib.contextmanager
+def _output(path: Path, force: bool) -> Iterator[Path]:
+    """Yield a temporary directory that replaces `path` at the end. UsageError if that exists, without `force`."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; choose another --out, or replace it with --force")
+    replaced = path.with_name(f"{path.name}.replaced")
+    with partial(path) as directory:
+        directory.mkdir()
+        yield directory
+        if path.exists():
+            path.rename(replaced)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _serve(task: str, **arguments: Any) -> Any:
+    return convert_back(**arguments) if task == "convert_back" else convert(**arguments)
 
 
 if __name__ == "__main__":
-    process.serve(convert)
+    process.serve(_serve)
