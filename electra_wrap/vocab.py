@@ -169,9 +169,13 @@ def build_tokenizer(tokens: list[str], *, lowercase: bool, strip_accents: bool) 
 
 
 def _text_rules(lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
-    normalizer = normalizers.BertNormalizer(
+    normalizer: Any = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
     )
+    if lowercase:
+        # Python, and so upstream, lowercases a word's last sigma to its final form; BertNormalizer does not.
+        final_sigma = Regex(r"(?<=[\p{L}\p{M}'’.:·])Σ(?![\p{M}\p{Cf}'’.:·]*[\p{Lu}\p{Ll}\p{Lt}])")
+        normalizer = normalizers.Sequence([normalizers.Replace(final_sigma, "ς"), normalizer])
     return normalizer, pre_tokenizers.BertPreTokenizer()

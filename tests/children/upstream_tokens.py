@@ -1,13 +1,15 @@
-"""Tokens that upstream's FullTokenizer gives texts."""
+"""Upstream's tokenizer as a server: lines of JSON [do_lower_case, strip_accents, texts, words only] in, tokens out."""
 
 import json
 import sys
 
-directory, vocabulary, keys = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+directory, vocabulary = sys.argv[1:]
 sys.path.insert(0, directory)
 
 from model import tokenization  # noqa: E402
 
-texts = keys.pop("texts")
-tokenizer = tokenization.FullTokenizer(vocabulary, **keys)
-print(json.dumps([tokenizer.tokenize(text) for text in texts]))
+for line in sys.stdin:
+    lower, strip, texts, words = json.loads(line)
+    tokenizer = tokenization.FullTokenizer(vocabulary, do_lower_case=lower, strip_accents=strip)
+    tokenize = tokenizer.basic_tokenizer.tokenize if words else tokenizer.tokenize
+    print(json.dumps([tokenize(text) for text in texts]), flush=True)

@@ -1,0 +1,48 @@
+"""Convert random checkpoints of ELECTRA-small, -base and -large: time, memory, and distance from the oracle.
+
+    python tests/measure_conversion.py [DIRECTORY]
+
+Not a test: minutes, and 9 GB in DIRECTORY (default: a temporary one). tests/test_weights.py has the short version.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import test_weights as t
+from conftest import child
+
+from electra_wrap.profile import NETWORKS, SIZES
+
+VOCABULARY = 30_522
+GENERATOR = {"small": 64, "base": 256, "large": 256}
+
+
+def measure(size: str, directory: Path) -> dict[str, object]:
+    hidden, layers = SIZES[size]
+    embedding = 128 if size == "small" else hidden
+    values = t.variables(hidden, GENERATOR[size], embedding, layers, vocabulary=VOCABULARY, deviation=0.05)
+    t.checkpoints({directory: values})
+    facts = json.loads(child("convert_measured.py", directory))
+    weights = sum(v.nbytes for n, v in values.items() if not t.weights.NOT_WEIGHTS.search(n))
+    arrays = t.inputs(directory / "in.npz", VOCABULARY, batch=3, length=64)
+    names = [directory / name for name in ("hf", "in.npz", "out.npz")]
+    child("hf_logits.py", *names, HF_HUB_OFFLINE="1")
+    differences = t.largest_differences(values, arrays, np.load(directory / "out.npz"))
+    return {
+        "size": size,
+        "weights_mb": round(weights / 1e6),
+        **facts,
+        **{network: f"{differences[network]:.1e}" for network in NETWORKS},
+        "logits": [round(float(np.load(directory / "out.npz")[network].std()), 2) for network in NETWORKS],
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as temporary:
+        for name in SIZES:
+            print(json.dumps(measure(name, Path(temporary) / name)), flush=True)
