@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 
+from electra_wrap import profile
 from electra_wrap.errors import UsageError
 
 #: Longest piece kept together. A file without blank lines, or with one enormous document, would otherwise be
@@ -61,11 +62,7 @@ def shard(
     files: Iterable[Path],
     training: Path,
     held_out: Path,
-    *,
-    shards: int,
-    held_out_fraction: float,
-    max_lines: int | None,
-    blank_lines_separate_documents: bool,
+    keys: profile.Corpus,
 ) -> Counts:
     """Write the text as part-00000.txt … under `training`, and the held-out part of it under `held_out`.
 
@@ -76,7 +73,7 @@ def shard(
     is left.
     """
     counts = Counts()
-    separator = "\n" if blank_lines_separate_documents else ""
+    separator = "\n" if keys.blank_lines_separate_documents else ""
     with contextlib.ExitStack() as stack:
 
         def create(directory: Path, number: int) -> list:  # type: ignore[type-arg]
@@ -84,16 +81,16 @@ def shard(
             names = (directory / f"part-{i:05d}.txt" for i in range(number))
             return [stack.enter_context(name.open("w", encoding="utf-8", newline="\n")) for name in names]
 
-        writers = create(training, shards)
+        writers = create(training, keys.shards)
         held_out_writer = create(held_out, 1)[0]
-        sizes = [0] * shards
-        for piece in _pieces(_lines(files, max_lines, counts), blank_lines_separate_documents):
+        sizes = [0] * keys.shards
+        for piece in _pieces(_lines(files, keys.max_lines, counts), keys.blank_lines_separate_documents):
             text = "\n".join(piece) + "\n" + separator
             size = len(text.encode())
             counts.pieces += 1
             counts.lines += len(piece)
             counts.bytes += size
-            if _fraction(text) < held_out_fraction:
+            if _fraction(text) < keys.held_out:
                 counts.held_out_lines += len(piece)
                 held_out_writer.write(text)
             else:

@@ -58,9 +58,13 @@ class Run:
     def hparams(self) -> dict[str, Any]:
         return self.profile.hparams(len(vocab.read(self.vocabulary)))
 
+    def key(self, stage: str) -> str:
+        """The manifest's key of a stage: a run directory may train several models, one after the other."""
+        return f"train {self.profile.model_name}" if stage == "train" else stage
+
     def recorded(self, stage: str) -> dict[str, Any]:
         """The manifest's entry of a stage; empty if it never ran."""
-        return dict(self.directory.manifest["stages"].get(stage, {}))
+        return dict(self.directory.manifest["stages"].get(self.key(stage), {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +97,7 @@ def _corpus_inputs(run: Run) -> dict[str, Any]:
 def _corpus(run: Run) -> dict[str, Any]:
     keys = run.profile.corpus
     with partial(run.directory / "heldout") as held_out, partial(run.directory / "corpus") as training:
-        counts = corpus.shard(
-            _corpus_files(run),
-            training,
-            held_out,
-            shards=keys.shards,
-            held_out_fraction=keys.held_out,
-            max_lines=keys.max_lines,
-            blank_lines_separate_documents=keys.blank_lines_separate_documents,
-        )
+        counts = corpus.shard(_corpus_files(run), training, held_out, keys)
     say(f"corpus: {counts.lines:,} lines, {counts.bytes / 1e6:.1f} MB, {counts.held_out_lines:,} lines held out")
     if counts.invalid_utf8:
         say(f"corpus: {counts.invalid_utf8:,} lines were not UTF-8; what could not be read was dropped")
@@ -135,13 +131,9 @@ def _vocab(run: Run) -> dict[str, Any]:
     keys = run.profile.tokenizer
     if keys.source == "train":
         assert keys.vocab_size is not None
-        vocab.train(
-            run.directory / "corpus",
-            run.vocabulary,
-            vocab_size=keys.vocab_size,
-            lowercase=keys.lowercase,
-            strip_accents=keys.strip_accents,
-        )
+        size = keys.vocab_size
+        rules = {"lowercase": keys.lowercase, "strip_accents": keys.strip_accents}
+        vocab.train(run.directory / "corpus", run.vocabulary, vocab_size=size, **rules)
     else:
         vocab.fetch(keys.source, run.vocabulary, keys.sha256)
     size = len(vocab.read(run.vocabulary))
@@ -190,26 +182,22 @@ def _tfrecords(run: Run) -> dict[str, Any]:
 
 def _build(run: Run, source: Path, text: Path, records: Path) -> None:
     """Build the records of the shards in `text` with one process for each."""
-    parts = sorted(text.glob("*.txt"))
+    parts = list(text.iterdir())
     size = sum(path.stat().st_size for path in parts)
-    if not size:  # upstream would write one example of no tokens
+    if not size:
         records.mkdir()
         return
-    keys = run.profile
-    wanted = scripts.Records(
-        corpus=text,
-        vocabulary=run.vocabulary,
-        output=records,
-        max_seq_length=keys.model.max_seq_length,
-        processes=len(parts),
-        files=record_files(size, len(parts)),
-        lowercase=keys.tokenizer.lowercase,
-        strip_accents=keys.tokenizer.strip_accents,
-        blank_lines_separate_documents=keys.corpus.blank_lines_separate_documents,
-        seed=keys.train.seed,
-    )
     with Meter(f"tfrecords of {text.name}", len(parts), "shards") as meter:
-        scripts.build_records(source, wanted, run.log("tfrecords"), meter.update)
+        scripts.build_records(
+            source,
+            run.profile,
+            text,
+            run.vocabulary,
+            records,
+            files=record_files(size, len(parts)),
+            log=run.log("tfrecords"),
+            on_done=meter.update,
+        )
 
 
 def _count(path: Path) -> int:
@@ -254,10 +242,9 @@ def _train(run: Run) -> dict[str, Any]:
         try:
             scripts.train(
                 source,
+                run.profile,
                 run.directory.path,
-                run.profile.model_name,
                 run.directory / "hparams.json",
-                runtime=scripts.Runtime(keys.seed, keys.precision, keys.xla),
                 gpu=gpu,
                 log=run.log("train"),
                 on_step=step,
@@ -445,7 +432,7 @@ def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) ->
     step, steps = scripts.latest_step(run.model_dir), run.profile.train.steps
     if step is None:
         return "not done yet"
-    if not recorded or recorded["model_name"] != run.profile.model_name:
+    if not recorded:
         raise UsageError(
             f"{run.model_dir} has a model that this run did not train; choose another model_name or --run-dir"
         )
@@ -547,11 +534,9 @@ def _do(run: Run, stage: Stage) -> None:
         "inputs": stage.inputs(run),
         "versions": versions(stage),
     }
-    if stage.name == "train":
-        entry["model_name"] = run.profile.model_name
-        if recorded and recorded["versions"] != entry["versions"]:
-            say(f"train: continues with other versions: {_difference(recorded['versions'], entry['versions'])}")
-    run.directory.manifest["stages"][stage.name] = entry
+    if stage.name == "train" and recorded and recorded["versions"] != entry["versions"]:
+        say(f"train: continues with other versions: {_difference(recorded['versions'], entry['versions'])}")
+    run.directory.manifest["stages"][run.key(stage.name)] = entry
     run.directory.save()
     began = time.monotonic()
     try:

@@ -175,7 +175,10 @@ def _text_rules(lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
         clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
     )
     if lowercase:
-        # Python, and so upstream, lowercases a word's last sigma to its final form; BertNormalizer does not.
-        final_sigma = Regex(r"(?<=[\p{L}\p{M}'’.:·])Σ(?![\p{M}\p{Cf}'’.:·]*[\p{Lu}\p{Ll}\p{Lt}])")
+        # Python, and so upstream, lowercases a word's last sigma to its final form; BertNormalizer does not. Marks
+        # and apostrophes beside it do not count (Unicode 3.13, Final_Sigma); a lookbehind needs their number.
+        cased, ignored = r"[\p{Lu}\p{Ll}\p{Lt}]", r"[\p{M}\p{Cf}'’.:·]"
+        before = "|".join(f"(?<={cased}{ignored * number})" for number in range(5))
+        final_sigma = Regex(f"(?:{before})Σ(?!{ignored}*{cased})")
         normalizer = normalizers.Sequence([normalizers.Replace(final_sigma, "ς"), normalizer])
     return normalizer, pre_tokenizers.BertPreTokenizer()

@@ -10,19 +10,13 @@ import pytest
 
 from electra_wrap import corpus
 from electra_wrap.errors import UsageError
-
-KEYS: dict[str, Any] = {
-    "shards": 3,
-    "held_out_fraction": 0.0,
-    "max_lines": None,
-    "blank_lines_separate_documents": True,
-}
+from electra_wrap.profile import Corpus
 
 
 def shard(tmp_path: Path, files: list[Path], **keys: Any) -> tuple[corpus.Counts, list[str], str]:
     out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
     out.mkdir()
-    counts = corpus.shard(files, out / "corpus", out / "heldout", **{**KEYS, **keys})
+    counts = corpus.shard(files, out / "corpus", out / "heldout", Corpus(source="", **{"shards": 3, **keys}))
     parts = [p.read_bytes().decode() for p in sorted((out / "corpus").iterdir())]
     return counts, parts, "".join(p.read_bytes().decode() for p in (out / "heldout").iterdir())
 
@@ -54,8 +48,8 @@ def test_held_out_text_is_apart_and_stays_the_same_when_the_corpus_grows(tmp_pat
     documents = [f"documento {i}\nsegunda línea {i}\n\n" for i in range(400)]
     small = write(tmp_path / "small", "".join(documents[:200]))
     large = write(tmp_path / "large", "".join(documents[::-1]))
-    counts, parts, held_out = shard(tmp_path, [small], held_out_fraction=0.2)
-    _, more_parts, more_held_out = shard(tmp_path, [large], held_out_fraction=0.2, shards=5)
+    counts, parts, held_out = shard(tmp_path, [small], held_out=0.2)
+    _, more_parts, more_held_out = shard(tmp_path, [large], held_out=0.2, shards=5)
     assert 20 < counts.held_out_lines / 2 < 60
     assert not set(held_out.split("\n\n")[:-1]) & set("".join(parts).split("\n\n"))
     assert set(held_out.split("\n\n")) <= set(more_held_out.split("\n\n"))

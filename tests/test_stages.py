@@ -125,7 +125,8 @@ def test_another_model_name_is_another_model(trained: Run, make_run: MakeRun) ->
     other = make_run("model_name=other", "train.learning_rate=0.5")
     stages.execute(other, "train")
     assert (other.model_dir / "checkpoint").is_file() and (trained.model_dir / "checkpoint").is_file()
-    assert todo(other) == {}
+    assert todo(other) == {} == todo(make_run()), "and the first can still be continued"
+    assert todo(make_run(steps=5)) == {"train": "at step 4 of 5"}
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_a_second_signal_ends_a_script_that_does_not_stop(tmp_path: Path) -> Non
 
 def test_manifest_says_what_each_stage_was_made_from(trained: Run) -> None:
     manifest: dict[str, Any] = json.loads((trained.directory / "manifest.json").read_text(encoding="utf-8"))
-    train = manifest["stages"]["train"]
+    train = manifest["stages"]["train electra-tiny-spanish"]
     assert train["outcome"] == "done" and train["seconds"] >= 0
     assert set(train["versions"]) == {"tensorflow", "upstream", "patched upstream"}
     assert train["facts"]["step"] == 4 and train["facts"]["final_loss"] == 12.5

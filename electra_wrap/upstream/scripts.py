@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from electra_wrap import process
 from electra_wrap.errors import Interrupted, StageFailed
+from electra_wrap.profile import Profile
 
 #: A line of upstream's ETAHook, e.g. `20/200 = 10.0%, SPS: 3.1, ELAP: 9, ETA: 58 - loss: 41.2034`.
 _STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
@@ -39,38 +41,33 @@ class Runtime:
         return {"ELECTRA_WRAP_RUNTIME": json.dumps(dataclasses.asdict(self))}
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """What build_pretraining_dataset.py is asked for."""
+def build_records(
+    checkout: Path,
+    profile: Profile,
+    corpus: Path,
+    vocabulary: Path,
+    output: Path,
+    *,
+    files: int,
+    log: Path,
+    on_done: Callable[[int], None],
+) -> None:
+    """Run build_pretraining_dataset.py with a process for each file of `corpus`; `on_done` gets how many are done.
 
-    corpus: Path
-    vocabulary: Path
-    output: Path
-    max_seq_length: int
-    processes: int
-    files: int
-    lowercase: bool
-    strip_accents: bool
-    blank_lines_separate_documents: bool
-    seed: int
-
-    def arguments(self) -> list[str]:
-        return [
-            f"--corpus-dir={self.corpus}",
-            f"--vocab-file={self.vocabulary}",
-            f"--output-dir={self.output}",
-            f"--max-seq-length={self.max_seq_length}",
-            f"--num-processes={self.processes}",
-            f"--num-out-files={self.files}",
-            f"--blanks-separate-docs={self.blank_lines_separate_documents}",
-            f"--seed={self.seed}",
-            "--do-lower-case" if self.lowercase else "--no-lower-case",
-            "--do-strip-accents" if self.strip_accents else "--no-strip-accents",
-        ]
-
-
-def build_records(checkout: Path, records: Records, log: Path, on_done: Callable[[int], None]) -> None:
-    """Run build_pretraining_dataset.py; `on_done` gets the number of processes that are done."""
+    `output` gets `files` record files, at least one for each process.
+    """
+    arguments = [
+        f"--corpus-dir={corpus}",
+        f"--vocab-file={vocabulary}",
+        f"--output-dir={output}",
+        f"--max-seq-length={profile.model.max_seq_length}",
+        f"--num-processes={len(list(corpus.iterdir()))}",
+        f"--num-out-files={files}",
+        f"--blanks-separate-docs={profile.corpus.blank_lines_separate_documents}",
+        f"--seed={profile.train.seed}",
+        "--do-lower-case" if profile.tokenizer.lowercase else "--no-lower-case",
+        "--do-strip-accents" if profile.tokenizer.strip_accents else "--no-strip-accents",
+    ]
     done: set[str] = set()
 
     def read(line: str) -> None:
@@ -78,33 +75,33 @@ def build_records(checkout: Path, records: Records, log: Path, on_done: Callable
             done.add(match[1])
             on_done(len(done))
 
-    _run(checkout, "build_pretraining_dataset.py", records.arguments(), log, {"CUDA_VISIBLE_DEVICES": "-1"}, read)
+    _run(checkout, "build_pretraining_dataset.py", arguments, log, {"CUDA_VISIBLE_DEVICES": "-1"}, read)
 
 
 def train(
     checkout: Path,
+    profile: Profile,
     data_dir: Path,
-    model_name: str,
     hparams: Path,
     *,
-    runtime: Runtime,
     gpu: bool,
     log: Path,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Run run_pretraining.py until the profile's last step; `on_step` gets step and loss of each logged line."""
+    """Run run_pretraining.py as `hparams` says; `on_step` gets step and loss of each logged line."""
 
     def read(line: str) -> None:
         if match := _STEP.match(line):
             on_step(int(match[1]), float(match[3]))
 
+    keys = profile.train
     environment = {
-        **runtime.variables(),
+        **Runtime(keys.seed, keys.precision, keys.xla).variables(),
         **({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
         # XLA compiles for the CPU only when told so here.
-        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if runtime.xla and not gpu else {}),
+        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if keys.xla and not gpu else {}),
     }
-    arguments = [f"--data-dir={data_dir}", f"--model-name={model_name}", f"--hparams={hparams}"]
+    arguments = [f"--data-dir={data_dir}", f"--model-name={profile.model_name}", f"--hparams={hparams}"]
     _run(checkout, "run_pretraining.py", arguments, log, environment, read)
 
 
@@ -118,7 +115,7 @@ def _run(
 ) -> None:
     argv = [sys.executable, "-s", str(checkout / script), *arguments]
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(argv)}\n")
+        file.write(f"$ {shlex.join(argv)}\n")
     code = process.run(argv, cwd=checkout, env=process.environment(extra), log=log, on_line=on_line)
     if code == INTERRUPTED:  # by a signal that went to it alone
         raise Interrupted("interrupted; the same command resumes")
