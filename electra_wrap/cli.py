@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from electra_wrap import __version__, profile
 from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError, from_os
@@ -200,9 +200,7 @@ def detect(arguments: argparse.Namespace) -> None:
 
     model = check.find_discriminator(Path(arguments.model).absolute())
     results = process.call(
-        "electra_wrap.check",
-        {"task": "detect", "model": str(model), "texts": arguments.text},
-        env=check.ENVIRONMENT,
+        "electra_wrap.check", {"task": "detect", "model": str(model), "texts": arguments.text}, env=check.ENVIRONMENT
     )
     if arguments.json:
         return _print_json(results)
@@ -252,6 +250,11 @@ def main(arguments: argparse.Namespace) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             raise from_os(error) from error
+        except ElectraWrapError:
+            raise
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ElectraWrapError(f"a bug of electra_wrap ({what}); report it with what --debug prints") from error
     except ElectraWrapError as error:
         if arguments.debug:
             raise
@@ -262,4 +265,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def entry_point() -> None:
+    logging.set_verbosity(logging.ERROR)  # what libraries log is not for our user
     app.run(main, flags_parser=parse)

@@ -58,12 +58,7 @@ def find_files(sources: Iterable[str], exclude: Path) -> list[Path]:
     return files
 
 
-def shard(
-    files: Iterable[Path],
-    training: Path,
-    held_out: Path,
-    keys: profile.Corpus,
-) -> Counts:
+def shard(files: Iterable[Path], training: Path, held_out: Path, keys: profile.Corpus) -> Counts:
     """Write the text as part-00000.txt … under `training`, and the held-out part of it under `held_out`.
 
     Pieces (documents, or 1000 lines of one) go whole to the shard with the fewest bytes so far, so that every

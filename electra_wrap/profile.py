@@ -191,10 +191,7 @@ class Profile(_Section):
         shape = self.model.shape("discriminator")
         return {
             "model_size": self.model.size,
-            "model_hparam_overrides": {
-                "hidden_size": shape.hidden_size,
-                "num_hidden_layers": shape.num_hidden_layers,
-            },
+            "model_hparam_overrides": {"hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_hidden_layers},
             "embedding_size": shape.embedding_size,
             "vocab_size": vocab_size,
             "do_lower_case": self.tokenizer.lowercase,

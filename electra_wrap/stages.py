@@ -135,6 +135,7 @@ def _vocab(run: Run) -> dict[str, Any]:
         rules = {"lowercase": keys.lowercase, "strip_accents": keys.strip_accents}
         vocab.train(run.directory / "corpus", run.vocabulary, vocab_size=size, **rules)
     else:
+        say(f"vocab: from {keys.source}")
         vocab.fetch(keys.source, run.vocabulary, keys.sha256)
     size = len(vocab.read(run.vocabulary))
     say(f"vocab: {size:,} tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,23 +66,25 @@ def no_such_file(source: str) -> str:
 
 def _download(repository: str) -> Path:
     # Imported here: it costs a third of a second, and only this needs it.
-    import huggingface_hub
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it retries for half a minute, and tells each time
     name, _, revision = repository.partition("@")
     try:
-        return Path(huggingface_hub.hf_hub_download(name, "vocab.txt", revision=revision or None))
+        return Path(hf_hub_download(name, "vocab.txt", revision=revision or None))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise UsageError(f"hf://{repository}: {_first_line(error)}; correct tokenizer.source") from None
+        raise UsageError(f"hf://{repository}: {_first_sentence(error)}; correct tokenizer.source") from None
     except (HfHubHTTPError, OSError, RuntimeError) as error:
         raise EnvironmentLacks(
-            f"hf://{repository} cannot be fetched ({_first_line(error)}); "
+            f"hf://{repository} cannot be fetched ({_first_sentence(error)}); "
             "with a local copy: --set tokenizer.source=PATH/vocab.txt"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _first_sentence(error: Exception) -> str:
+    """The first sentence of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
 
 
 def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip_accents: bool) -> None:

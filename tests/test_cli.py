@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from electra_wrap import cli as cli_module
 from electra_wrap import paths
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -113,6 +115,16 @@ def test_a_failure_is_one_line_and_a_code(cli: Cli, command: list[str], code: in
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:
     assert "Traceback" in cli("--debug", "run", "--until", "nope").stderr
+
+
+def test_a_bug_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(arguments: argparse.Namespace) -> None:
+        raise KeyError("one\ntwo")
+
+    with pytest.raises(SystemExit) as raised:
+        cli_module.main(argparse.Namespace(function=broken, debug=False))
+    assert raised.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_show_prints_json(cli: Cli) -> None:

@@ -210,7 +210,7 @@ def test_convert_writes_models_and_tokenizer(cli: Any, good: tuple[Path, dict[st
     done = cli("convert", str(good[0]), "--out", "hf", "--vocab", "v.txt", "--max-length", "64")
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "hf")), done.stderr
     assert sorted(p.name for p in (tmp_path / "hf" / "generator").iterdir()) == [
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
     ]
     config = json.loads((tmp_path / "hf" / "discriminator" / "config.json").read_text(encoding="utf-8"))
     assert (config["vocab_size"], config["hidden_size"]) == (VOCABULARY, 128)

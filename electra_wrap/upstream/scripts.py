@@ -106,12 +106,7 @@ def train(
 
 
 def _run(
-    checkout: Path,
-    script: str,
-    arguments: list[str],
-    log: Path,
-    extra: dict[str, str],
-    on_line: Callable[[str], None],
+    checkout: Path, script: str, arguments: list[str], log: Path, extra: dict[str, str], on_line: Callable[[str], None]
 ) -> None:
     argv = [sys.executable, "-s", str(checkout / script), *arguments]
     with log.open("a", encoding="utf-8") as file:
