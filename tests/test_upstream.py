@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import test_weights
 from conftest import SPANISH, TESTS, child, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +270,28 @@ def test_any_text_has_the_tokens_of_training(
         assert [ours] == upstream_tokens(lowercase, strip_accents, text)
 
     check()
+
+
+@pytest.mark.parametrize("sizes", test_weights.SIZES.values(), ids=test_weights.SIZES)
+def test_logits_equal_those_of_upstreams_graph(upstream: Path, tmp_path: Path, sizes: dict[str, Any]) -> None:
+    """Every variable has a value of its own, biases and norms too; a swapped or missed one would show."""
+    test_weights.checkpoints({tmp_path / "c": test_weights.variables(**sizes)})
+    test_weights.call(task="convert", checkpoint=str(tmp_path / "c"), out=str(tmp_path / "hf"))
+    test_weights.inputs(tmp_path / "in.npz")
+    hparams = {
+        "vocab_size": test_weights.VOCABULARY,
+        "embedding_size": sizes["embedding"],
+        "model_hparam_overrides": {"hidden_size": sizes["hidden"], "num_hidden_layers": 2},
+        "generator_hidden_size": sizes["generator_hidden"] / sizes["hidden"],
+        "untied_generator_embeddings": not sizes.get("tied", True),
+    }
+    arguments = [tmp_path / "c", tmp_path / "in.npz", tmp_path / "theirs.npz", json.dumps(hparams)]
+    child("upstream_logits.py", upstream, *arguments)
+    child("hf_logits.py", *(tmp_path / name for name in ("hf", "in.npz", "ours.npz")), HF_HUB_OFFLINE="1")
+    ours, theirs = np.load(tmp_path / "ours.npz"), np.load(tmp_path / "theirs.npz")
+    for network in NETWORKS:
+        assert ours[network].shape == theirs[network].shape and theirs[network].std() > 0.05
+        assert np.abs(ours[network] - theirs[network]).max() < test_weights.TOLERANCE
 
 
 def test_training_continues_at_the_same_loss_from_a_checkpoint_that_went_there_and_back(
