@@ -125,13 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def profiles(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
     for name, description in profile.shipped():
-        table.add_row(name, description)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        print(f"{name:15} {description}")
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ class RunDir:
         self.manifest: dict[str, Any] = {"stages": {}, "digests": {}}
         if (manifest := self.path / "manifest.json").is_file():
             try:
-                self.manifest = json.loads(manifest.read_text(encoding="utf-8"))
-                self.manifest["stages"], self.manifest["digests"]
+                read = json.loads(manifest.read_text(encoding="utf-8"))
+                self.manifest = {key: read[key] for key in self.manifest}
             except (ValueError, KeyError, TypeError):
                 raise UsageError(
                     f"{manifest} is damaged; move it away to rebuild what it described, or choose another --run-dir"
@@ -36,9 +36,6 @@ class RunDir:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
-
-    def model_dir(self, model_name: str) -> Path:
-        return self.path / "models" / model_name
 
     def save(self) -> None:
         """Write the manifest."""

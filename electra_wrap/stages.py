@@ -50,10 +50,13 @@ class Run:
 
     @property
     def model_dir(self) -> Path:
-        return self.directory.model_dir(self.profile.model_name)
+        return self.directory / "models" / self.profile.model_name
 
     def log(self, stage: str) -> Path:
         return self.directory / "logs" / f"{stage}.log"
+
+    def digest(self, name: str) -> str:
+        return self.directory.digest(self.directory / name)
 
     def hparams(self) -> dict[str, Any]:
         return self.profile.hparams(len(vocab.read(self.vocabulary)))
@@ -69,17 +72,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage's name, what it is made from, the files it leaves (relative), and the doing, which returns facts."""
+    """A stage's name, what it is made from, what it leaves in the run directory, and the doing, which returns facts."""
 
     name: str
     inputs: Callable[[Run], dict[str, Any]]
-    outputs: Callable[[Run], list[str]]
+    outputs: tuple[str, ...]
     do: Callable[[Run], dict[str, Any]]
     packages: tuple[str, ...] = ()
     needs_upstream: bool = False
-
-
-# --- corpus ---------------------------------------------------------------------------------------------------
 
 
 def _corpus_files(run: Run) -> list[Path]:
@@ -106,9 +106,6 @@ def _corpus(run: Run) -> dict[str, Any]:
     return dataclasses.asdict(counts)
 
 
-# --- vocab ----------------------------------------------------------------------------------------------------
-
-
 def _vocab_inputs(run: Run) -> dict[str, Any]:
     keys = run.profile.tokenizer
     if keys.source == "train":
@@ -117,7 +114,7 @@ def _vocab_inputs(run: Run) -> dict[str, Any]:
             "tokenizer.vocab_size": keys.vocab_size,
             "tokenizer.lowercase": keys.lowercase,
             "tokenizer.strip_accents": keys.strip_accents,
-            "corpus": run.directory.digest(run.directory / "corpus"),
+            "corpus": run.digest("corpus"),
         }
     if keys.source.startswith("hf://"):
         return {"tokenizer.source": keys.source, "tokenizer.sha256": keys.sha256}
@@ -142,15 +139,12 @@ def _vocab(run: Run) -> dict[str, Any]:
     return {"vocab_size": size}
 
 
-# --- tfrecords ------------------------------------------------------------------------------------------------
-
-
 def _tfrecords_inputs(run: Run) -> dict[str, Any]:
     keys = run.profile.tokenizer
     return {
-        "corpus": run.directory.digest(run.directory / "corpus"),
-        "held-out corpus": run.directory.digest(run.directory / "heldout"),
-        "vocabulary": run.directory.digest(run.vocabulary),
+        "corpus": run.digest("corpus"),
+        "held-out corpus": run.digest("heldout"),
+        "vocabulary": run.digest("vocab.txt"),
         "model.max_seq_length": run.profile.model.max_seq_length,
         "tokenizer.lowercase": keys.lowercase,
         "tokenizer.strip_accents": keys.strip_accents,
@@ -167,10 +161,7 @@ def record_files(text_bytes: int, shards: int) -> int:
 
 def _tfrecords(run: Run) -> dict[str, Any]:
     source = checkout.ensure(run.upstream)
-    with (
-        partial(run.directory / "heldout_tfrecords") as held_out,
-        partial(run.directory / "pretrain_tfrecords") as training,
-    ):
+    with partial(run.directory / RECORDS[0]) as held_out, partial(run.directory / RECORDS[1]) as training:
         _build(run, source, run.directory / "heldout", held_out)
         _build(run, source, run.directory / "corpus", training)
     examples = sum(_count(path) for path in (run.directory / "pretrain_tfrecords").iterdir())
@@ -211,15 +202,12 @@ def _count(path: Path) -> int:
     return number
 
 
-# --- train ----------------------------------------------------------------------------------------------------
-
-
 def _train_inputs(run: Run) -> dict[str, Any]:
     hparams = run.hparams()
     return {
         **{key: value for key, value in hparams.items() if key not in _CONTINUABLE},
-        "records": run.directory.digest(run.directory / "pretrain_tfrecords"),
-        "vocabulary": run.directory.digest(run.vocabulary),
+        "records": run.digest("pretrain_tfrecords"),
+        "vocabulary": run.digest("vocab.txt"),
         "train.seed": run.profile.train.seed,
     }
 
@@ -268,7 +256,7 @@ def _train(run: Run) -> dict[str, Any]:
 def choose_device(run: Run) -> bool:
     """Return whether to train on the GPU. EnvironmentLacks if the profile wants one and TensorFlow sees none."""
     wanted = run.profile.train.device
-    gpus = [] if wanted == "cpu" else scripts.visible_gpus()
+    gpus = [] if wanted == "cpu" else process.call("electra_wrap.upstream.gpus", {})
     if gpus:
         say(f"train: on {gpus[0]}")
         return True
@@ -295,15 +283,12 @@ def _cpu_flops() -> float:
     return 2 * n**3 / best
 
 
-# --- convert and check ----------------------------------------------------------------------------------------
-
-
 def _convert_inputs(run: Run) -> dict[str, Any]:
     step = scripts.latest_step(run.model_dir)
     return {
         "checkpoint": run.directory.digest(run.model_dir / f"model.ckpt-{step}.index"),
         "checkpoint data": run.directory.digest(run.model_dir / f"model.ckpt-{step}.data-00000-of-00001"),
-        "vocabulary": run.directory.digest(run.vocabulary),
+        "vocabulary": run.digest("vocab.txt"),
         "tokenizer.lowercase": run.profile.tokenizer.lowercase,
         "tokenizer.strip_accents": run.profile.tokenizer.strip_accents,
         "description": run.profile.description,
@@ -368,10 +353,6 @@ Text is {"lowercased" if profile.tokenizer.lowercase else "cased"}, accents are 
 """
 
 
-def _check_inputs(run: Run) -> dict[str, Any]:
-    return {"hf": run.directory.digest(run.directory / "hf")}
-
-
 def _check(run: Run) -> dict[str, Any]:
     facts = process.call(
         "electra_wrap.check",
@@ -383,22 +364,17 @@ def _check(run: Run) -> dict[str, Any]:
     return cast(dict[str, Any], facts)
 
 
-# --- the run --------------------------------------------------------------------------------------------------
+RECORDS = ("heldout_tfrecords", "pretrain_tfrecords")
 
 STAGES = (
-    Stage("corpus", _corpus_inputs, lambda run: ["corpus", "heldout"], _corpus),
-    Stage("vocab", _vocab_inputs, lambda run: ["vocab.txt"], _vocab, ("tokenizers",)),
+    Stage("corpus", _corpus_inputs, ("corpus", "heldout"), _corpus),
+    Stage("vocab", _vocab_inputs, ("vocab.txt",), _vocab, ("tokenizers",)),
     Stage(
-        "tfrecords",
-        _tfrecords_inputs,
-        lambda run: ["pretrain_tfrecords", "heldout_tfrecords"],
-        _tfrecords,
-        ("tensorflow",),
-        needs_upstream=True,
+        "tfrecords", _tfrecords_inputs, ("pretrain_tfrecords", "heldout_tfrecords"), _tfrecords, ("tensorflow",), True
     ),
-    Stage("train", _train_inputs, lambda run: [], _train, ("tensorflow",), needs_upstream=True),
-    Stage("convert", _convert_inputs, lambda run: ["hf"], _convert, ("tensorflow", "safetensors")),
-    Stage("check", _check_inputs, lambda run: [], _check, ("transformers", "torch")),
+    Stage("train", _train_inputs, (), _train, ("tensorflow",), needs_upstream=True),
+    Stage("convert", _convert_inputs, ("hf",), _convert, ("tensorflow", "safetensors")),
+    Stage("check", lambda run: {"hf": run.digest("hf")}, (), _check, ("transformers", "torch")),
 )
 
 
@@ -420,11 +396,10 @@ def reason(run: Run, stage: Stage) -> str | None:
         return str(recorded["outcome"])
     if changed := _difference(recorded["inputs"], stage.inputs(run)):
         return changed
-    for name in stage.outputs(run):
-        path = run.directory / name
-        if not path.exists():
+    for name in stage.outputs:
+        if not (run.directory / name).exists():
             return f"{name} is missing"
-        if run.directory.digest(path) != recorded["outputs"].get(name):
+        if run.digest(name) != recorded["outputs"].get(name):
             return f"{name} is not as this stage left it"
     return None
 
@@ -526,7 +501,7 @@ def execute(run: Run, until: str, dry_run: bool = False) -> None:
 def _do(run: Run, stage: Stage) -> None:
     """Do one stage; write into the manifest what it was made from before, and how it ended after."""
     recorded = run.recorded(stage.name)
-    for name in stage.outputs(run):
+    for name in stage.outputs:
         if aside := run.directory.set_aside(run.directory / name):
             say(f"{stage.name}: the former {name} is now {aside.name}")
     entry: dict[str, Any] = {
@@ -549,7 +524,7 @@ def _do(run: Run, stage: Stage) -> None:
         raise
     else:
         entry["outcome"] = "done"
-        entry["outputs"] = {name: run.directory.digest(run.directory / name) for name in stage.outputs(run)}
+        entry["outputs"] = {name: run.digest(name) for name in stage.outputs}
     finally:
         entry["seconds"] = round(time.monotonic() - began, 1)
         run.directory.save()

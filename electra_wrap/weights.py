@@ -41,10 +41,6 @@ class Row:
     transposed: bool = False
 
 
-def _plain(tensorflow: str, pytorch: str) -> list[Row]:
-    return [Row(tensorflow, pytorch)]
-
-
 def _dense(tensorflow: str, pytorch: str) -> list[Row]:
     return [Row(f"{tensorflow}/kernel", f"{pytorch}.weight", True), Row(f"{tensorflow}/bias", f"{pytorch}.bias")]
 
@@ -61,9 +57,9 @@ def rows(network: Network, layers: int, *, projection: bool, tied_embeddings: bo
     scope = _SCOPES[network]
     embeddings = f"{'electra' if tied_embeddings else scope}/embeddings"
     found = [
-        *_plain(f"{embeddings}/word_embeddings", "electra.embeddings.word_embeddings.weight"),
-        *_plain(f"{embeddings}/position_embeddings", "electra.embeddings.position_embeddings.weight"),
-        *_plain(f"{embeddings}/token_type_embeddings", "electra.embeddings.token_type_embeddings.weight"),
+        Row(f"{embeddings}/word_embeddings", "electra.embeddings.word_embeddings.weight"),
+        Row(f"{embeddings}/position_embeddings", "electra.embeddings.position_embeddings.weight"),
+        Row(f"{embeddings}/token_type_embeddings", "electra.embeddings.token_type_embeddings.weight"),
         *_norm(f"{embeddings}/LayerNorm", "electra.embeddings.LayerNorm"),
     ]
     if projection:
@@ -90,7 +86,7 @@ def rows(network: Network, layers: int, *, projection: bool, tied_embeddings: bo
         found += [
             *_dense("generator_predictions/dense", "generator_predictions.dense"),
             *_norm("generator_predictions/LayerNorm", "generator_predictions.LayerNorm"),
-            *_plain("generator_predictions/output_bias", "generator_lm_head.bias"),
+            Row("generator_predictions/output_bias", "generator_lm_head.bias"),
         ]
     return found
 
@@ -151,9 +147,6 @@ def unknown(shapes: Shapes) -> list[str]:
         with contextlib.suppress(UsageError):  # one network alone is a complete checkpoint of it
             known |= {row.tensorflow for row in describe(network, shapes).mapping}
     return sorted(name for name in shapes if name not in known and not NOT_WEIGHTS.search(name))
-
-
-# --- TensorFlow to PyTorch ------------------------------------------------------------------------------------
 
 
 def convert(
@@ -267,9 +260,6 @@ def _save(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(np.ascontiguousarray(tensor, "<f4").data)
-
-
-# --- PyTorch to TensorFlow ------------------------------------------------------------------------------------
 
 
 def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0, force: bool = False) -> dict[str, Any]:

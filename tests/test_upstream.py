@@ -302,9 +302,9 @@ def test_training_continues_at_the_same_loss_from_a_checkpoint_that_went_there_a
     process.call(
         "electra_wrap.weights", {"task": "convert", "checkpoint": str(finished.model_dir), "out": str(tmp_path / "hf")}
     )
-    back = finished.directory.model_dir("back")
+    back = finished.directory / "models" / "back"
     process.call("electra_wrap.weights", {"task": "convert_back", **both, "out": str(back), "step": step})
-    shutil.copytree(finished.model_dir, finished.directory.model_dir("copy"))
+    shutil.copytree(finished.model_dir, finished.directory / "models" / "copy")
     hparams = tmp_path / "h.json"
     hparams.write_text(json.dumps({**finished.hparams(), "num_train_steps": step + 1}), encoding="utf-8")
     found: dict[str, list[float]] = {"copy": [], "back": []}
@@ -347,7 +347,7 @@ def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: P
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130, error
-    step = scripts.latest_step(finished.directory.model_dir("long"))
+    step = scripts.latest_step(finished.directory / "models" / "long")
     assert step and f"step {step:,} is saved, the same command resumes there" in error.splitlines()[-1]
 
 

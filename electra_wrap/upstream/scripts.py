@@ -118,12 +118,6 @@ def _run(
         raise StageFailed(f"{script} ended with code {code}; the whole log is {log}", process.tail(log))
 
 
-def visible_gpus() -> list[str]:
-    """Names of the GPUs that TensorFlow sees, asked in a process of its own."""
-    names: list[str] = process.call("electra_wrap.upstream.gpus", {})
-    return names
-
-
 def latest_step(model_dir: Path) -> int | None:
     """Step of the latest checkpoint that upstream's `checkpoint` file names, if that is there."""
     try:
