@@ -311,7 +311,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path: 
 def test_networks_that_are_not_one_electra_do_not_go_back(good: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     call(task="convert", checkpoint=str(good[0]), out=str(tmp_path / "hf"))
     discriminator, generator = (str(tmp_path / "hf" / network) for network in NETWORKS)
+    call(task="convert", checkpoint=str(good[0]), out=str(tmp_path / "heads"), heads={"discriminator": 4})
     for pair, says in (
+        ((str(tmp_path / "heads" / "discriminator"), generator), "upstream has no discriminator .* with 4 heads"),
         ((generator, discriminator), "missing in or foreign to a discriminator"),
         ((discriminator, str(tmp_path)), "no generator of transformers"),
     ):
