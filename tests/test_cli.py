@@ -25,6 +25,20 @@ HEAVY = {
 }
 
 
+def python(code: str, directory: Path) -> str:
+    """Run code in a process that can import electra_wrap and nothing else of ours; return its stdout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=directory,
+        env={"PYTHONPATH": str(paths.PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("command", [["--help"], ["profiles"], ["show"], ["run", "--dry-run"]])
 def test_neither_tensorflow_nor_torch_is_imported(command: list[str], tmp_path: Path) -> None:
     code = (
@@ -35,15 +49,7 @@ def test_neither_tensorflow_nor_torch_is_imported(command: list[str], tmp_path: 
         "heavy = {'tensorflow', 'torch', 'transformers', 'triton', 'keras'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(paths.PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    python(code, tmp_path)
 
 
 def imports(path: Path) -> set[str]:
@@ -77,16 +83,7 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
         "electra_wrap.upstream.tf1": "pass",
     }[module]
     code = f"import sys, {module}\n{touch}\nprint(*sorted({{'tensorflow', 'torch', 'triton'}} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(paths.PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split())
+    loaded = set(python(code, tmp_path).split())
     assert loaded and not ("tensorflow" in loaded and loaded - {"tensorflow"})
 
 
