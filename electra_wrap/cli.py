@@ -66,7 +66,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_run_dir(command)
     add_upstream(command)
     command.add_argument(
-        "--until", metavar="STAGE", help="stop after this stage: corpus, vocab, tfrecords, train, convert"
+        "--until", metavar="STAGE", help="stop after this stage, e.g. vocab, train, convert"
+    )
+    command.add_argument(
+        "--launch", metavar="COMMAND", help='native engine: what starts its processes, e.g. "torchrun --nnodes 2 …"'
     )
     command.add_argument("--dry-run", action="store_true", help="only say what would be done, and why")
 
@@ -117,11 +120,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     from electra_wrap import stages
 
-    known = stages.names()
-    until = arguments.until or known[-1]
-    if until not in known:
-        raise UsageError(f"--until {until}: no such stage; the stages are {', '.join(known)}")
-    stages.execute(_run(arguments), until, arguments.dry_run)
+    stages.execute(_run(arguments), arguments.until, arguments.dry_run)
 
 
 def profiles(arguments: argparse.Namespace) -> None:
@@ -222,7 +221,7 @@ def _run(arguments: argparse.Namespace) -> Any:
     from electra_wrap.stages import Run
 
     loaded = profile.Profile.load(arguments.profile, arguments.set)
-    return Run(loaded, RunDir(_run_dir(arguments)), arguments.upstream)
+    return Run(loaded, RunDir(_run_dir(arguments)), arguments.upstream, arguments.launch)
 
 
 def _run_dir(arguments: argparse.Namespace) -> Path:

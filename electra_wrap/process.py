@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from electra_wrap import paths
-from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, UsageError, from_os
+from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, from_os
 
 #: What a child gets of our environment: nothing that injects code or that is secret.
 _PASSED = (
@@ -26,6 +26,9 @@ _PASSED = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
 )
 _PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TF_", "XLA_")
+
+#: Exit code of a child that was asked to stop, saved a checkpoint and did so.
+INTERRUPTED = 75
 
 #: Seconds that a child has to save its work after the first signal.
 GRACE = 300
@@ -146,24 +149,27 @@ def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: M
     except (IndexError, ValueError):
         end = "\n".join(noise.strip().splitlines()[-15:])
         raise StageFailed(f"{module} ended with code {child.returncode}; see {log or 'above'}", end) from None
-    if "error" in answer:
-        kind: type[ElectraWrapError] = next(
-            (c for c in ElectraWrapError.__subclasses__() if c.__name__ == answer["kind"]), UsageError
-        )
-        raise kind(answer["error"])
+    hear(answer)
     return answer["result"]
 
 
-def _answer(error: ElectraWrapError) -> dict[str, str]:
-    return {"error": str(error), "kind": type(error).__name__}
+def hear(answer: Mapping[str, Any]) -> None:
+    """Raise the error that a child told us, if that is what its line of JSON is."""
+    if "error" in answer:
+        kinds = {kind.__name__: kind for kind in ElectraWrapError.__subclasses__()}
+        raise kinds[answer["kind"]](answer["error"])
+
+
+def tell(error: ElectraWrapError) -> None:
+    """The child's side of `hear`."""
+    print(json.dumps({"error": str(error), "kind": type(error).__name__}, ensure_ascii=False), flush=True)
 
 
 def serve(function: Callable[..., Any]) -> None:
     """The child's side of `call`: read the job from stdin, print the result of `function(**job)` as JSON."""
     try:
-        answer: dict[str, Any] = {"result": function(**json.load(sys.stdin))}
+        print(json.dumps({"result": function(**json.load(sys.stdin))}, ensure_ascii=False), flush=True)
     except OSError as error:
-        answer = _answer(from_os(error))
+        tell(from_os(error))
     except ElectraWrapError as error:
-        answer = _answer(error)
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+        tell(error)

@@ -147,8 +147,9 @@ class Train(_Section):
     keep: Annotated[int, Field(ge=0)] = 5
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    precision: Literal["float32", "tf32"] = "float32"
-    xla: bool = False
+    micro_batches: Positive = 1
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -166,11 +167,22 @@ class Profile(_Section):
     description: str
     language: Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$")]
     model_name: FileName
-    engine: Literal["upstream"] = "upstream"
+    engine: Literal["upstream", "native"] = "upstream"
     corpus: Corpus
     tokenizer: Tokenizer
     model: Model = Field(default_factory=Model)
     train: Train
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        for key, value in (("micro_batches", 1), ("precision", ("auto", "float32", "tf32"))):
+            allowed = value if isinstance(value, tuple) else (value,)
+            _require(
+                self.engine == "native" or getattr(self.train, key) in allowed,
+                f"train.{key}",
+                'upstream\'s scripts have no such thing; set engine = "native", or remove it',
+            )
+        return self
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> Profile:
@@ -371,8 +383,9 @@ def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:
     value, kind, message = first["input"], first["type"], first["msg"]
     if kind == "value_error":
         key, _, message = str(first["ctx"]["error"]).partition("\0")
-        location.append(key)
-        value = value.get(key) if isinstance(value, dict) else None
+        location += key.split(".")
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
     dotted = ".".join(location)
     # A section has no origin of its own: its first key's.
     where = origin.get(dotted) or next((origin[k] for k in origin if k.startswith(f"{dotted}.")), str(path))

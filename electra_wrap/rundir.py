@@ -110,6 +110,11 @@ def partial(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+    finish(temporary, path)
+
+
+def finish(temporary: Path, path: Path) -> None:
+    """Rename what is done to its name, when it is on disk."""
     for file in [temporary, *temporary.rglob("*")]:
         _sync(file)
     temporary.rename(path)

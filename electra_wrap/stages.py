@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib
 import importlib.metadata
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,6 @@ from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, Usag
 from electra_wrap.profile import NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
 from electra_wrap.rundir import RunDir, partial, write_json, write_text
-from electra_wrap.upstream import checkout, scripts
-
-#: Text for each record file. Upstream's 1000 files are for a corpus of gigabytes; training mixes the files.
-BYTES_PER_RECORD_FILE = 2**20
 
 #: Keys of hparams.json with which a model may go on: they say how long and how often, not what.
 _CONTINUABLE = (
@@ -43,6 +41,23 @@ class Run:
     profile: Profile
     directory: RunDir
     upstream: str | None = None
+    launch: str | None = None
+
+    @property
+    def engine(self) -> Any:
+        """The module that trains: upstream/engine.py or native/engine.py."""
+        return engine(self.profile.engine)
+
+    def checkpoint(self) -> tuple[int, Any] | None:
+        """Step of the latest checkpoint and the engine that made it, if there is one."""
+        found = [(step, one) for one in map(engine, ENGINES) if (step := one.latest_step(self.model_dir)) is not None]
+        return max(found, key=lambda pair: (pair[0], pair[1] is self.engine), default=None)
+
+    @property
+    def step(self) -> int | None:
+        """Step of the latest checkpoint."""
+        found = self.checkpoint()
+        return found[0] if found else None
 
     @property
     def vocabulary(self) -> Path:
@@ -70,6 +85,14 @@ class Run:
         return dict(self.directory.manifest["stages"].get(self.key(stage), {}))
 
 
+ENGINES = ("upstream", "native")
+
+
+def engine(name: str) -> Any:
+    """The module of an engine, by its name in profiles."""
+    return importlib.import_module(f"electra_wrap.{name}.engine")
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage's name, what it is made from, what it leaves in the run directory, and the doing, which returns facts."""
@@ -79,7 +102,6 @@ class Stage:
     outputs: tuple[str, ...]
     do: Callable[[Run], dict[str, Any]]
     packages: tuple[str, ...] = ()
-    needs_upstream: bool = False
 
 
 def _corpus_files(run: Run) -> list[Path]:
@@ -139,7 +161,7 @@ def _vocab(run: Run) -> dict[str, Any]:
     return {"vocab_size": size}
 
 
-def _tfrecords_inputs(run: Run) -> dict[str, Any]:
+def _data_inputs(run: Run) -> dict[str, Any]:
     keys = run.profile.tokenizer
     return {
         "corpus": run.digest("corpus"),
@@ -153,73 +175,32 @@ def _tfrecords_inputs(run: Run) -> dict[str, Any]:
     }
 
 
-def record_files(text_bytes: int, shards: int) -> int:
-    """Number of record files for so much text: about one for each MiB, a multiple of `shards`, at most 1000 or so."""
-    wanted = min(1000, max(1, text_bytes // BYTES_PER_RECORD_FILE))
-    return shards * max(1, round(wanted / shards))
-
-
-def _tfrecords(run: Run) -> dict[str, Any]:
-    source = checkout.ensure(run.upstream)
-    with partial(run.directory / RECORDS[0]) as held_out, partial(run.directory / RECORDS[1]) as training:
-        _build(run, source, run.directory / "heldout", held_out)
-        _build(run, source, run.directory / "corpus", training)
-    examples = sum(_count(path) for path in (run.directory / "pretrain_tfrecords").iterdir())
-    epochs = run.profile.train.steps * run.profile.train.batch_size / max(1, examples)
-    say(f"tfrecords: {examples:,} examples; {run.profile.train.steps:,} steps are {epochs:.2g} epochs")
-    if not examples:
+def _data(run: Run) -> dict[str, Any]:
+    made = run.engine.OUTPUTS
+    with partial(run.directory / made[1]) as held_out, partial(run.directory / made[0]) as training:
+        if any(path.stat().st_size for path in (run.directory / "heldout").iterdir()):
+            run.engine.build(run, run.directory / "heldout", held_out)
+        else:
+            held_out.mkdir()
+        number = run.engine.build(run, run.directory / "corpus", training)
+    keys = run.profile.train
+    epochs = keys.steps * keys.batch_size / max(1, number)
+    say(f"{run.engine.DATA}: {number:,} examples; {keys.steps:,} steps are {epochs:.2g} epochs")
+    if not number:
         raise UsageError("the corpus gives no example; give more text")
-    return {"examples": examples}
-
-
-def _build(run: Run, source: Path, text: Path, records: Path) -> None:
-    """Build the records of the shards in `text` with one process for each."""
-    parts = list(text.iterdir())
-    size = sum(path.stat().st_size for path in parts)
-    if not size:
-        records.mkdir()
-        return
-    with Meter(f"tfrecords of {text.name}", len(parts), "shards") as meter:
-        scripts.build_records(
-            source,
-            run.profile,
-            text,
-            run.vocabulary,
-            records,
-            files=record_files(size, len(parts)),
-            log=run.log("tfrecords"),
-            on_done=meter.update,
-        )
-
-
-def _count(path: Path) -> int:
-    """Number of records in a TFRecord file: 8 bytes of length, 4 of checksum, the record, 4 of checksum."""
-    number = 0
-    with path.open("rb") as file:
-        while header := file.read(12):
-            file.seek(int.from_bytes(header[:8], "little") + 4, 1)
-            number += 1
-    return number
+    return {"examples": number}
 
 
 def _train_inputs(run: Run) -> dict[str, Any]:
-    hparams = run.hparams()
-    return {
-        **{key: value for key, value in hparams.items() if key not in _CONTINUABLE},
-        "records": run.digest("pretrain_tfrecords"),
-        "vocabulary": run.digest("vocab.txt"),
-        "train.seed": run.profile.train.seed,
-    }
+    # Both engines make the same examples of the same text, so that a model may change engines half way.
+    hparams = {key: value for key, value in run.hparams().items() if key not in _CONTINUABLE}
+    return {**hparams, **_data_inputs(run)}
 
 
 def _train(run: Run) -> dict[str, Any]:
     keys = run.profile.train
-    source = checkout.ensure(run.upstream)
-    gpu = choose_device(run)
-    start = scripts.latest_step(run.model_dir) or 0
-    write_json(run.directory / "hparams.json", run.hparams())
-    if start:
-        say(f"train: resumes at step {start:,} of {keys.steps:,}")
+    gpus = choose_device(run)
+    start = _continue(run)
     losses: dict[int, float] = {}
     began = time.monotonic()
     with Meter("train", keys.steps, "steps", start) as meter:
@@ -229,46 +210,52 @@ def _train(run: Run) -> dict[str, Any]:
             meter.update(number, f"loss {loss:.4f}")
 
         try:
-            scripts.train(
-                source,
-                run.profile,
-                run.directory.path,
-                run.directory / "hparams.json",
-                gpu=gpu,
-                log=run.log("train"),
-                on_step=step,
-            )
+            run.engine.train(run, gpus, step)
         except Interrupted:
-            reached = scripts.latest_step(run.model_dir) or 0
-            raise Interrupted(f"interrupted; step {reached:,} is saved, the same command resumes there") from None
-    reached = scripts.latest_step(run.model_dir) or 0
-    if reached != keys.steps:
-        raise StageFailed(f"training ended at step {reached}, not {keys.steps}; see {run.log('train')}")
+            raise Interrupted(f"interrupted; step {run.step or 0:,} is saved, the same command resumes there") from None
+    if run.step != keys.steps:
+        raise StageFailed(f"training ended at step {run.step}, not {keys.steps}; see {run.log('train')}")
     return {
-        "device": "gpu" if gpu else "cpu",
+        "engine": run.profile.engine,
+        "device": gpus or "cpu",
         "from_step": start,
-        "step": reached,
+        "step": run.step,
         "final_loss": losses.get(max(losses)) if losses else None,
         "seconds_training": round(time.monotonic() - began, 1),
     }
 
 
-def choose_device(run: Run) -> bool:
-    """Return whether to train on the GPU. EnvironmentLacks if the profile wants one and TensorFlow sees none."""
+def _continue(run: Run) -> int:
+    """Return the step from which training goes on, after handing over a checkpoint of the other engine's."""
+    if (found := run.checkpoint()) is None:
+        return 0
+    step, made_by = found
+    say(f"train: resumes at step {step:,} of {run.profile.train.steps:,}")
+    if made_by is not run.engine:
+        say(f"train: hands the checkpoint over to the {run.profile.engine} engine, Adam's slots included")
+        exported = run.model_dir / f"exported-{step}"
+        shutil.rmtree(exported, ignore_errors=True)
+        made_by.export(run, step, exported, slots=True)
+        run.engine.adopt(run, step, exported)
+        shutil.rmtree(exported, ignore_errors=True)
+    return step
+
+
+def choose_device(run: Run) -> list[str]:
+    """Return the GPUs to train on; none means the CPU. EnvironmentLacks if the profile wants one and none is seen."""
     wanted = run.profile.train.device
-    gpus = [] if wanted == "cpu" else process.call("electra_wrap.upstream.gpus", {})
+    gpus: list[str] = [] if wanted == "cpu" else process.call(run.engine.GPUS, {})
     if gpus:
-        say(f"train: on {gpus[0]}")
-        return True
+        say(f"train: on {len(gpus)} × {gpus[0]}" if len(gpus) > 1 else f"train: on {gpus[0]}")
+        return gpus
     if wanted == "gpu":
         raise EnvironmentLacks(
-            'train.device = "gpu", but TensorFlow sees none; install electra-wrap[gpu] and the NVIDIA driver '
-            "(check with nvidia-smi), or --set train.device=cpu"
+            f'train.device = "gpu", but {run.engine.NO_GPU} (check with nvidia-smi), or --set train.device=cpu'
         )
-    left = run.profile.train.steps - (scripts.latest_step(run.model_dir) or 0)
+    left = run.profile.train.steps - (run.step or 0)
     seconds = left * run.profile.flops_per_step(len(vocab.read(run.vocabulary))) / _cpu_flops()
     say(f"train: on the CPU; {left:,} steps will take about {duration(seconds)} at best")
-    return False
+    return []
 
 
 def _cpu_flops() -> float:
@@ -284,10 +271,10 @@ def _cpu_flops() -> float:
 
 
 def _convert_inputs(run: Run) -> dict[str, Any]:
-    step = scripts.latest_step(run.model_dir)
+    found = run.checkpoint()
+    files = found[1].files(run.model_dir, found[0]) if found else []
     return {
-        "checkpoint": run.directory.digest(run.model_dir / f"model.ckpt-{step}.index"),
-        "checkpoint data": run.directory.digest(run.model_dir / f"model.ckpt-{step}.data-00000-of-00001"),
+        **{f"checkpoint {path.relative_to(run.model_dir)}": run.directory.digest(path) for path in files},
         "vocabulary": run.digest("vocab.txt"),
         "tokenizer.lowercase": run.profile.tokenizer.lowercase,
         "tokenizer.strip_accents": run.profile.tokenizer.strip_accents,
@@ -296,32 +283,26 @@ def _convert_inputs(run: Run) -> dict[str, Any]:
 
 
 def _convert(run: Run) -> dict[str, Any]:
-    step = scripts.latest_step(run.model_dir)
-    size = len(vocab.read(run.vocabulary))
+    step, made_by = run.checkpoint() or (0, run.engine)
+    keys = run.profile.tokenizer
     with partial(run.directory / "hf") as out:
-        facts = process.call(
-            "electra_wrap.weights",
-            {
-                "task": "convert",
-                "checkpoint": str(run.model_dir / f"model.ckpt-{step}"),
-                "out": str(out),
-                "vocabulary": str(run.vocabulary),
-                "lowercase": run.profile.tokenizer.lowercase,
-                "strip_accents": run.profile.tokenizer.strip_accents,
-                "max_length": run.profile.model.max_seq_length,  # positions beyond it were never trained
-                "expected": {network: run.profile.hf_config(network, size) for network in NETWORKS},
-            },
-            log=run.log("convert"),
-        )
+        facts = made_by.export(run, step, out)
         for network in NETWORKS:
-            write_text(out / network / "README.md", model_card(run, network, step or 0))
+            vocab.write_tokenizer(
+                out / network,
+                vocab.read(run.vocabulary),
+                lowercase=keys.lowercase,
+                strip_accents=keys.strip_accents,
+                max_length=run.profile.model.max_seq_length,  # positions beyond it were never trained
+            )
+            write_text(out / network / "README.md", model_card(run, network, step))
     say(f"convert: step {step:,} is in {run.directory / 'hf'}")
-    return {"variables": facts["variables"]}
+    return {"step": step, **facts}
 
 
 def model_card(run: Run, network: Network, step: int) -> str:
     """Return the README.md of an exported model, with the metadata that the hub reads."""
-    profile, pin = run.profile, checkout.Pin.read()
+    profile = run.profile
     model_class = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network]
     shape = profile.model.shape(network)
     lines = run.recorded("corpus").get("facts", {}).get("lines", 0)
@@ -339,7 +320,7 @@ tags:
 
 An ELECTRA {network} with {shape.num_hidden_layers} layers of {shape.hidden_size}, trained for {step:,} steps of \
 {profile.train.batch_size} sequences of {profile.model.max_seq_length} tokens on {lines:,} lines of text, with \
-[google-research/electra]({pin.url.removesuffix(".git")}) at `{pin.commit[:12]}` driven by electra_wrap.
+{run.engine.CREDIT}.
 
 ```python
 from transformers import AutoTokenizer, {model_class}
@@ -364,22 +345,26 @@ def _check(run: Run) -> dict[str, Any]:
     return cast(dict[str, Any], facts)
 
 
-RECORDS = ("heldout_tfrecords", "pretrain_tfrecords")
+def stages(run: Run) -> list[Stage]:
+    """The stages of a run, in order."""
+    chosen = run.engine
+    return [
+        Stage("corpus", _corpus_inputs, ("corpus", "heldout"), _corpus),
+        Stage("vocab", _vocab_inputs, ("vocab.txt",), _vocab, ("tokenizers",)),
+        Stage(chosen.DATA, _data_inputs, chosen.OUTPUTS, _data, chosen.PACKAGES[chosen.DATA]),
+        Stage("train", _train_inputs, (), _train, chosen.PACKAGES["train"]),
+        Stage("convert", _convert_inputs, ("hf",), _convert, chosen.PACKAGES["convert"]),
+        Stage("check", lambda run: {"hf": run.digest("hf")}, (), _check, ("transformers", "torch")),
+    ]
 
-STAGES = (
-    Stage("corpus", _corpus_inputs, ("corpus", "heldout"), _corpus),
-    Stage("vocab", _vocab_inputs, ("vocab.txt",), _vocab, ("tokenizers",)),
-    Stage(
-        "tfrecords", _tfrecords_inputs, ("pretrain_tfrecords", "heldout_tfrecords"), _tfrecords, ("tensorflow",), True
-    ),
-    Stage("train", _train_inputs, (), _train, ("tensorflow",), needs_upstream=True),
-    Stage("convert", _convert_inputs, ("hf",), _convert, ("tensorflow", "safetensors")),
-    Stage("check", lambda run: {"hf": run.digest("hf")}, (), _check, ("transformers", "torch")),
-)
 
-
-def names() -> list[str]:
-    return [stage.name for stage in STAGES]
+def _until(run: Run, until: str | None) -> list[Stage]:
+    """The stages up to `until` (default: all). UsageError if there is no such stage."""
+    found = stages(run)
+    names = [stage.name for stage in found]
+    if until not in (None, *names):
+        raise UsageError(f"--until {until}: no such stage; the stages are {', '.join(names)}")
+    return found[: names.index(until or names[-1]) + 1]
 
 
 def reason(run: Run, stage: Stage) -> str | None:
@@ -405,7 +390,7 @@ def reason(run: Run, stage: Stage) -> str | None:
 
 
 def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:
-    step, steps = scripts.latest_step(run.model_dir), run.profile.train.steps
+    step, steps = run.step, run.profile.train.steps
     if step is None:
         return "not done yet"
     if not recorded:
@@ -439,14 +424,14 @@ def _short(value: Any) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def plan(run: Run, until: str) -> list[tuple[Stage, str]]:
+def plan(run: Run, until: str | None = None) -> list[tuple[Stage, str]]:
     """Return the stages that have to be done, each with the reason, without doing anything.
 
     What a stage after one that is to be redone will need cannot be known yet: it is listed as following it.
     UsageError as `reason`, and if redoing a stage would leave a trained model without what it was trained on.
     """
     todo: list[tuple[Stage, str]] = []
-    for stage in STAGES[: names().index(until) + 1]:
+    for stage in _until(run, until):
         if not todo:
             why = reason(run, stage)
         else:
@@ -461,7 +446,7 @@ def plan(run: Run, until: str) -> list[tuple[Stage, str]]:
 def _refuse_other_model(run: Run, first: tuple[Stage, str]) -> None:
     """Raise UsageError if a model is there already and its data is about to become other data."""
     stage, why = first
-    step, recorded = scripts.latest_step(run.model_dir), run.recorded(stage.name)
+    step, recorded = run.step, run.recorded(stage.name)
     if step is None:
         return
     if not recorded or _difference(recorded["inputs"], stage.inputs(run)):
@@ -471,7 +456,7 @@ def _refuse_other_model(run: Run, first: tuple[Stage, str]) -> None:
         )
 
 
-def execute(run: Run, until: str, dry_run: bool = False) -> None:
+def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
     """Do what has to be done up to the stage `until`; say what and why."""
     began = time.monotonic()
     if dry_run:
@@ -482,19 +467,20 @@ def execute(run: Run, until: str, dry_run: bool = False) -> None:
         todo = plan(run, until)
         for stage, why in todo:
             say(f"to do: {stage.name} ({why})")
-        if any(stage.needs_upstream for stage, _ in todo):
-            checkout.ensure(run.upstream)  # before hours of other work
-        if any(stage.name == "train" for stage, _ in todo) and run.profile.train.device == "gpu":
+        names = {stage.name for stage, _ in todo}
+        if names & {run.engine.DATA, "train"}:
+            run.engine.prepare(run)
+        if "train" in names and run.profile.train.device == "gpu":
             choose_device(run)
         (run.directory / "logs").mkdir(exist_ok=True)
         write_json(run.directory / "profile.json", run.profile.model_dump())
         done = 0
-        for stage in STAGES[: names().index(until) + 1]:
+        for stage in _until(run, until):
             if reason(run, stage) is not None:
                 _do(run, stage)
                 done += 1
         run.directory.save()
-    what = f"{done} of {names().index(until) + 1} stages done" if done else "nothing to do: everything is up to date"
+    what = f"{done} of {len(_until(run, until))} stages done" if done else "nothing to do: everything is up to date"
     say(f"{what}, {duration(time.monotonic() - began)}")
 
 
@@ -508,7 +494,7 @@ def _do(run: Run, stage: Stage) -> None:
         "outcome": "interrupted",
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": stage.inputs(run),
-        "versions": versions(stage),
+        "versions": versions(run, stage),
     }
     if stage.name == "train" and recorded and recorded["versions"] != entry["versions"]:
         say(f"train: continues with other versions: {_difference(recorded['versions'], entry['versions'])}")
@@ -530,10 +516,7 @@ def _do(run: Run, stage: Stage) -> None:
         run.directory.save()
 
 
-def versions(stage: Stage) -> dict[str, str]:
+def versions(run: Run, stage: Stage) -> dict[str, str]:
     """Return the versions of what a stage is done with: packages, and for upstream's scripts pin and patches."""
     found = {package: importlib.metadata.version(package) for package in stage.packages}
-    if stage.needs_upstream:
-        pin = checkout.Pin.read()
-        found |= {"upstream": pin.commit, "patched upstream": pin.patched_tree}
-    return found
+    return found | (run.engine.versions() if stage.name in (run.engine.DATA, "train") else {})

@@ -161,12 +161,14 @@ def convert(
     strip_accents: bool = False,
     max_length: int | None = None,
     expected: Mapping[Network, Any] | None = None,
+    slots: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write `out`/discriminator and `out`/generator, as transformers loads them, from a TensorFlow checkpoint.
 
     `checkpoint` is a prefix (…/model.ckpt-100), its .index file, or a directory, whose `step` or latest is taken.
-    `expected` holds config.json contents with which the checkpoint's shapes must agree. Tensors pass one by one:
+    `expected` holds config.json contents with which the checkpoint's shapes must agree. With `slots`, the optimizer's
+    are beside each model, as adam_m.safetensors and adam_v.safetensors under the same names. Tensors pass one by one:
     memory is that of TensorFlow and the largest of them. Returns the prefix used and the number of variables of
     each network. UsageError for what is no complete ELECTRA checkpoint, for a vocabulary of another size, and
     for existing output without `force`; then nothing is written.
@@ -197,7 +199,9 @@ def convert(
                 directory = stack.enter_context(_output(Path(out) / network, force))
                 write_json(directory / "config.json", one.config)
                 sizes = {row.pytorch: shapes[row.tensorflow][:: -1 if row.transposed else 1] for row in one.mapping}
-                _save(directory / "model.safetensors", sizes, (_read(reader, row) for row in one.mapping))
+                for file, slot in {"model": "", **{slot: f"/{slot}" for slot in SLOTS if slots}}.items():
+                    tensors = (_read(reader, row, slot) for row in one.mapping)
+                    _save(directory / f"{file}.safetensors", sizes, tensors)
                 if tokens is not None:
                     vocab.write_tokenizer(
                         directory,
@@ -236,8 +240,8 @@ def find(checkpoint: str, step: int | None = None) -> str:
     return str(found[0])
 
 
-def _read(reader: Any, row: Row) -> np.ndarray:
-    value = np.asarray(reader.get_tensor(row.tensorflow), dtype=np.float32)
+def _read(reader: Any, row: Row, slot: str) -> np.ndarray:
+    value = np.asarray(reader.get_tensor(row.tensorflow + slot), dtype=np.float32)
     if not np.isfinite(value).all():
         raise UsageError(f"{row.tensorflow} has values that are not finite; take an earlier checkpoint")
     return value.T if row.transposed else value
@@ -265,8 +269,9 @@ def _save(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
 def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0, force: bool = False) -> dict[str, Any]:
     """Write `out`/model.ckpt-STEP, from which run_pretraining.py continues, from two directories of transformers.
 
-    The optimizer's slots, which transformers does not keep, are zero, as at the start of a training. UsageError if
-    the two are not the networks of one ELECTRA, or for existing output without `force`.
+    The optimizer's slots are those beside the models, as `convert` writes them; without those, as transformers has
+    no such files, they are zero as at the start of a training. UsageError if the two are not the networks of one
+    ELECTRA, or for existing output without `force`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -285,8 +290,8 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
         for name in names["generator"]
         if name.startswith("electra.embeddings.")
     )
-    variables: dict[str, tuple[Row, Any]] = {}
-    for network, config in configs.items():
+    variables: dict[str, tuple[Row, Any, list[Any]]] = {}
+    for (network, config), directory in zip(configs.items(), (Path(discriminator), Path(generator)), strict=True):
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         projection = config["embedding_size"] != hidden
         if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
@@ -297,17 +302,20 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
         mapping = rows(network, config["num_hidden_layers"], projection=projection, tied_embeddings=tied)
         if wrong := sorted(names[network] ^ {row.pytorch for row in mapping}):
             raise UsageError(f"{_list(wrong)}: missing in or foreign to a {network}; give a whole pre-trained one")
-        variables.update({row.tensorflow: (row, opened[network]) for row in mapping})
+        files = [directory / f"{slot}.safetensors" for slot in SLOTS]
+        found = [safe_open(file, "numpy") for file in files if file.is_file()]
+        variables.update({row.tensorflow: (row, opened[network], found) for row in mapping})
     import tensorflow as tf  # after what can fail without it
 
     with _output(Path(out), force) as directory:
         zeros: dict[tuple[int, ...], Any] = {}
         saved = {"global_step": tf.constant(step, tf.int64)}
-        for name, (row, tensors) in variables.items():
-            value = tensors.get_tensor(row.pytorch)
-            saved[name] = tf.constant(value.T if row.transposed else value, tf.float32)
-            zero = zeros.setdefault(tuple(saved[name].shape), tf.zeros_like(saved[name]))
-            saved.update((f"{name}/{slot}", zero) for slot in SLOTS)
+        for name, (row, tensors, found) in variables.items():
+            values = (file.get_tensor(row.pytorch) for file in (tensors, *found))
+            weight, *adam = (tf.constant(v.T if row.transposed else v, tf.float32) for v in values)
+            zero = zeros.setdefault(tuple(weight.shape), tf.zeros_like(weight))
+            slots = dict(zip(SLOTS, adam or [zero, zero], strict=True))
+            saved |= {name: weight, **{f"{name}/{slot}": value for slot, value in slots.items()}}
         prefix = f"model.ckpt-{step}"
         tf.raw_ops.SaveV2(
             prefix=str(directory / prefix),

@@ -90,7 +90,7 @@ def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
         "spanish-tiny",
         [
             f"corpus.source={json.dumps(str(corpus))}",
-            "tokenizer.vocab_size=300",
+            *([] if any(o.startswith("tokenizer.source") for o in overrides) else ["tokenizer.vocab_size=300"]),
             "model.hidden_size=64",
             "model.max_seq_length=32",
             f"train.steps={steps}",
@@ -98,6 +98,7 @@ def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
             "train.batch_size=4",
             "train.log_every=1",
             "train.device=cpu",
+            'engine="upstream"',
             "corpus.held_out=0.2",
             *overrides,
         ],
@@ -109,6 +110,17 @@ def text(tmp_path: Path) -> Path:
     """A corpus of 40 documents of ten lines."""
     path = tmp_path / "text.txt"
     path.write_text("".join("".join(f"{i}. {s}\n" for s in SPANISH) + "\n" for i in range(40)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 60 documents that are not alike."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    documents = (
+        "".join(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH)) + "\n" for i in range(60)
+    )
+    path.write_text("".join(documents), encoding="utf-8")
     return path
 
 

@@ -19,6 +19,7 @@ from electra_wrap import paths, stages
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.rundir import RunDir
 from electra_wrap.stages import Run
+from electra_wrap.upstream import engine
 
 pytestmark = pytest.mark.usefixtures("fake_upstream")
 
@@ -193,7 +194,7 @@ def test_a_script_that_fails_shows_its_last_lines(make_run: MakeRun) -> None:
 def test_scripts_get_a_clean_environment(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("PYTHONSTARTUP", "/tmp/evil.py")
-    run = make_run("train.seed=5", "train.precision=tf32", "train.xla=true")
+    run = make_run("train.seed=5", "train.precision=tf32", "train.compile=true")
     stages.execute(run, "train")
     log = run.log("train").read_text(encoding="utf-8")
     assert "\nclean\n" in log
@@ -225,7 +226,7 @@ def test_a_damaged_manifest_is_one_line(trained: Run, make_run: MakeRun) -> None
     ("megabytes", "shards", "files"), [(0, 4, 4), (5, 4, 4), (5, 2, 4), (100, 4, 100), (5400, 8, 1000), (9000, 3, 999)]
 )
 def test_record_files_fit_the_text(megabytes: int, shards: int, files: int) -> None:
-    found = stages.record_files(megabytes * 2**20, shards)
+    found = engine.record_files(megabytes * 2**20, shards)
     assert found % shards == 0 and abs(found - files) <= shards
 
 
@@ -288,4 +289,4 @@ def test_manifest_says_what_each_stage_was_made_from(trained: Run) -> None:
     assert train["outcome"] == "done" and train["seconds"] >= 0
     assert set(train["versions"]) == {"tensorflow", "upstream", "patched upstream"}
     assert train["facts"]["step"] == 4 and train["facts"]["final_loss"] == 12.5
-    assert len(train["inputs"]["records"]) == 64
+    assert len(train["inputs"]["corpus"]) == 64

@@ -28,19 +28,9 @@ from electra_wrap import paths, process, stages, vocab
 from electra_wrap.profile import NETWORKS, Profile
 from electra_wrap.rundir import RunDir
 from electra_wrap.stages import Run
-from electra_wrap.upstream import scripts
+from electra_wrap.upstream import engine, scripts
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("upstream")]
-
-
-@pytest.fixture(scope="module")
-def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    documents = (
-        "".join(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH)) + "\n" for i in range(60)
-    )
-    path.write_text("".join(documents), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +124,7 @@ def test_blank_lines_separate_documents_or_do_not(upstream: Path, finished: Run,
             on_done=lambda n: None,
         )
         assert len(list((tmp_path / str(value)).iterdir())) == 2
-        sizes[value] = sum(stages._count(path) for path in (tmp_path / str(value)).iterdir())
+        sizes[value] = sum(engine.count(path) for path in (tmp_path / str(value)).iterdir())
     # A document here is no multiple of an example: cut at each one, the text fills fewer tokens of each.
     assert sizes[True] > 1.05 * sizes[False]
     arguments = shlex.split((tmp_path / "log").read_text(encoding="utf-8").split("\n$ ")[-1].splitlines()[0])
@@ -154,7 +144,7 @@ def test_a_process_that_dies_fails_the_script(upstream: Path, finished: Run, tmp
     stages.execute(run, "vocab")
     (run.directory / "corpus" / "part-00001.txt").write_bytes(b"\xff\xfe no text \xff\n")
     with pytest.raises(stages.StageFailed, match="ended with code 1") as raised:
-        stages._tfrecords(run)
+        stages._data(run)
     assert "a process ended before its work was done" in raised.value.tail
     assert not (run.directory / "pretrain_tfrecords").exists()
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import tensorflow.compat.v1 as tf
 
-from electra_wrap.upstream.scripts import INTERRUPTED, Runtime
+from electra_wrap.process import INTERRUPTED
+from electra_wrap.upstream.scripts import Runtime
 
 SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs

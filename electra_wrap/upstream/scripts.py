@@ -19,9 +19,6 @@ from electra_wrap.profile import Profile
 _STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
 _JOB_DONE = re.compile(r"^Job (\d+): Done!$")
 
-#: Exit code of a script that was asked to stop, saved a checkpoint and did so.
-INTERRUPTED = 75
-
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
@@ -95,11 +92,12 @@ def train(
             on_step(int(match[1]), float(match[3]))
 
     keys = profile.train
+    xla = keys.compile is True
     environment = {
-        **Runtime(keys.seed, keys.precision, keys.xla).variables(),
+        **Runtime(keys.seed, "tf32" if keys.precision == "tf32" else "float32", xla).variables(),
         **({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
         # XLA compiles for the CPU only when told so here.
-        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if keys.xla and not gpu else {}),
+        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpu else {}),
     }
     arguments = [f"--data-dir={data_dir}", f"--model-name={profile.model_name}", f"--hparams={hparams}"]
     _run(checkout, "run_pretraining.py", arguments, log, environment, read)
@@ -112,7 +110,7 @@ def _run(
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(argv)}\n")
     code = process.run(argv, cwd=checkout, env=process.environment(extra), log=log, on_line=on_line)
-    if code == INTERRUPTED:  # by a signal that went to it alone
+    if code == process.INTERRUPTED:  # by a signal that went to it alone
         raise Interrupted("interrupted; the same command resumes")
     if code:
         raise StageFailed(f"{script} ended with code {code}; the whole log is {log}", process.tail(log))

@@ -1,0 +1,97 @@
+"""The native engine: what stages.py asks of an engine, done in PyTorch. Nothing here imports it; train.py does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from electra_wrap import process, vocab
+from electra_wrap.errors import Interrupted, StageFailed
+from electra_wrap.native import checkpoints, examples
+from electra_wrap.profile import NETWORKS
+from electra_wrap.progress import Meter
+from electra_wrap.rundir import finish, write_json
+
+if TYPE_CHECKING:
+    from electra_wrap.stages import Run
+
+DATA, OUTPUTS = "examples", ("examples", "heldout_examples")
+PACKAGES = {
+    DATA: ("tokenizers", "numpy"),
+    "train": ("torch", "transformers", "accelerate"),
+    "convert": ("torch", "transformers", "safetensors"),
+}
+
+GPUS, NO_GPU = "electra_wrap.native.devices", "PyTorch sees none; install the NVIDIA driver and PyTorch's CUDA wheels"
+
+CREDIT = "electra_wrap's native engine, equal to google-research/electra's objective and optimizer"
+
+
+def versions() -> dict[str, str]:
+    return {}
+
+
+def prepare(run: Run) -> None:
+    """Nothing has to be fetched."""
+
+
+def latest_step(model_dir: Path) -> int | None:
+    return max(checkpoints.steps(model_dir), default=None)
+
+
+def build(run: Run, text: Path, out: Path) -> int:
+    """Write the store of the examples of the shards in `text`; return their number."""
+    size = sum(path.stat().st_size for path in text.iterdir())
+    with Meter(f"examples of {text.name}", size, "bytes") as meter:
+        found = examples.build(text, run.vocabulary, run.profile, meter.update)
+        return examples.write(out, found, len(vocab.read(run.vocabulary)))
+
+
+def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> None:
+    """Train until the profile's last step, with a process for each GPU or as `run.launch` says."""
+    launcher = [sys.executable, "-s"]
+    if run.launch:
+        launcher = shlex.split(run.launch)
+    elif len(gpus) > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}"]
+    argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
+    log = run.log("train")
+
+    def read(line: str) -> None:
+        if not line.startswith("{"):
+            return
+        said = json.loads(line)
+        process.hear(said)
+        on_step(said["step"], said["loss"])
+
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(argv)}\n")
+    code = process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=read)
+    if code == process.INTERRUPTED:
+        raise Interrupted("interrupted; the same command resumes")
+    if code:
+        raise StageFailed(f"training ended with code {code}; the whole log is {log}", process.tail(log))
+
+
+def files(model_dir: Path, step: int) -> list[Path]:
+    return [path for path in sorted(checkpoints.path(model_dir, step).rglob("*.safetensors"))]
+
+
+def export(run: Run, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
+    """Write `out`/discriminator and `out`/generator as transformers loads them; `slots`: with Adam's, for training."""
+    size = len(vocab.read(run.vocabulary))
+    configs = {network: run.profile.hf_config(network, size) for network in NETWORKS}
+    job = {"checkpoint": str(checkpoints.path(run.model_dir, step)), "configs": configs, "out": str(out)}
+    process.call("electra_wrap.native.exchange", {**job, "slots": slots}, log=run.log("convert"))
+    for network, config in configs.items():
+        write_json(out / network / "config.json", config)
+    return {}
+
+
+def adopt(run: Run, step: int, exported: Path) -> None:
+    """Make a checkpoint of what another engine exported with slots, from which `train` goes on."""
+    finish(exported, checkpoints.path(run.model_dir, step))

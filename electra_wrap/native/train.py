@@ -1,0 +1,201 @@
+"""Training, as a module of its own process or of several: `python -m electra_wrap.native.train RUN_DIR`.
+
+On one machine `run` starts it, with a process for each GPU. On several machines `torchrun … -m
+electra_wrap.native.train RUN_DIR` does, in a run directory that all of them see. What it prints are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+# TensorBoard's writer imports TensorFlow if it is there, unless this module is; the two abort in one process.
+sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import TorchDynamoPlugin, set_seed  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from electra_wrap import process, vocab  # noqa: E402
+from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, StageFailed, UsageError, from_os  # noqa: E402
+from electra_wrap.native import checkpoints, engine, exchange, model  # noqa: E402
+from electra_wrap.native.batches import Batches, Masking  # noqa: E402
+from electra_wrap.native.examples import Store  # noqa: E402
+from electra_wrap.profile import NETWORKS, Profile  # noqa: E402
+from electra_wrap.rundir import finish  # noqa: E402
+
+#: Processes beside the trainer that prepare batches for a GPU. A CPU has no time to spare for them.
+WORKERS = 2
+
+
+def train(directory: Path) -> bool:
+    """Train the run's model from its latest checkpoint to the last step; return False if a signal ended it before.
+
+    Each `log_every` steps a line with step and losses is printed; they are those of the whole batch, like upstream's.
+    """
+    profile = Profile.model_validate_json((directory / "profile.json").read_text(encoding="utf-8"))
+    keys, model_dir = profile.train, directory / "models" / profile.model_name
+    stop = _Stop()
+    accelerator = _accelerator(profile, model_dir)
+    share = accelerator.num_processes * keys.micro_batches
+    if keys.batch_size % share:
+        raise UsageError(
+            f"train.batch_size = {keys.batch_size} is not divisible by {accelerator.num_processes} processes × "
+            f"{keys.micro_batches} micro-batches; change one of them"
+        )
+    tokens = vocab.read(directory / "vocab.txt")
+    set_seed(keys.seed)
+    network = model.Electra({name: profile.hf_config(name, len(tokens)) for name in NETWORKS})
+    set_seed(keys.seed, device_specific=True)  # dropout differs between processes
+    prepared, adam = accelerator.prepare(network, model.optimizer(network, keys.weight_decay))
+    start = max(checkpoints.steps(model_dir), default=0)
+    if start:
+        checkpoint = checkpoints.path(model_dir, start)
+        if exchange.is_exchanged(checkpoint):
+            exchange.load(checkpoint, network, adam.optimizer)
+        else:
+            accelerator.load_state(str(checkpoint))
+    batches = _batches(profile, directory, tokens, accelerator, start)
+    prepared.train()
+    for step in range(start + 1, keys.steps + 1):
+        for group in adam.param_groups:
+            group["lr"] = model.learning_rate(step - 1, keys.learning_rate, keys.steps, keys.warmup_steps)
+        parts = []
+        for _ in range(keys.micro_batches):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
+            with accelerator.accumulate(prepared):
+                losses = prepared(batch)
+                # Losses are sums over this part; the mean that DDP and accelerate take of the parts is not wanted.
+                accelerator.backward(losses["loss"] * share)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(network.parameters(), 1.0)
+                adam.step()
+                adam.zero_grad()
+            if step % keys.log_every == 0:
+                parts.append(torch.stack([value.detach() for value in losses.values()]))
+        if parts:
+            _report(accelerator, step, dict(zip(losses, torch.stack(parts).sum(0), strict=True)), adam)
+        stopped = stop.asked(accelerator, step, keys.log_every)
+        if step % keys.save_every == 0 or step == keys.steps or stopped:
+            _save(accelerator, model_dir, step, keys.keep)
+        if stopped:
+            return False
+    accelerator.end_training()
+    return True
+
+
+def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
+    keys = profile.train
+    gpu = keys.device != "cpu" and torch.cuda.is_available()
+    if keys.device == "gpu" and not gpu:
+        raise EnvironmentLacks(f'train.device = "gpu", but {engine.NO_GPU}')
+    if keys.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    half = keys.precision == "bfloat16" or (keys.precision == "auto" and gpu)
+    plugin = TorchDynamoPlugin(backend="no")
+    if keys.compile is True or (keys.compile == "auto" and gpu):
+        # CUDA graphs: a small model's kernels take less time than launching them one by one.
+        mode = "reduce-overhead" if gpu else "default"
+        plugin = TorchDynamoPlugin(backend="inductor", mode=mode, fullgraph=True, dynamic=False)
+    accelerator = Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if half else "no",
+        gradient_accumulation_steps=keys.micro_batches,
+        dynamo_plugin=plugin,
+        log_with="tensorboard",
+        project_dir=str(model_dir.parent),
+    )
+    accelerator.init_trackers(model_dir.name)
+    return accelerator
+
+
+def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, start: int) -> Any:
+    """Return an iterator over this process's micro-batches of the steps after `start`."""
+    keys, ids = profile.train, {token: number for number, token in enumerate(tokens)}
+    batches = Batches(
+        Store(directory / "examples"),
+        Masking(profile.model.mask_prob, ids["[MASK]"], (ids["[SEP]"], ids["[CLS]"])),
+        length=profile.model.max_seq_length,
+        batch_size=keys.batch_size,
+        seed=keys.seed,
+        micro_batches=keys.micro_batches,
+        processes=accelerator.num_processes,
+        process=accelerator.process_index,
+    )
+    gpu = accelerator.device.type == "cuda"
+    numbers = range(start * keys.micro_batches, keys.steps * keys.micro_batches)
+    more = {"num_workers": WORKERS, "prefetch_factor": 8} if gpu else {}
+    return iter(DataLoader(batches, batch_size=None, sampler=numbers, pin_memory=gpu, **more))  # type: ignore[arg-type]
+
+
+def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor], adam: Any) -> None:
+    """Print and log the losses, summed over the processes. StageFailed if they are not finite."""
+    values = torch.stack(list(losses.values()))
+    summed = dict(zip(losses, accelerator.reduce(values, "sum").tolist(), strict=True))
+    if accelerator.is_main_process:
+        print(json.dumps({"step": step, **summed}), flush=True)
+    if not all(math.isfinite(value) for value in summed.values()):
+        raise StageFailed(f"the loss at step {step} is {summed['loss']}; lower train.learning_rate or warm up longer")
+    names = {"loss": "loss", "generator": "loss/generator", "discriminator": "loss/discriminator"}
+    scalars = {names[name]: value for name, value in summed.items()}
+    accelerator.log({**scalars, "learning_rate": adam.param_groups[0]["lr"]}, step=step)
+
+
+class _Stop:
+    """Notes SIGINT and SIGTERM; every process has to hear of it before the same step ends."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._received = True
+
+    def asked(self, accelerator: Accelerator, step: int, every: int) -> bool:
+        """Return whether to stop after this step: at once, but with several processes only at each `every`th step."""
+        if accelerator.num_processes == 1:
+            return self._received
+        if step % every:
+            return False
+        if self._received:
+            accelerator.set_trigger()
+        return bool(accelerator.check_trigger())
+
+
+def _save(accelerator: Accelerator, model_dir: Path, step: int, keep: int) -> None:
+    """Save a checkpoint and remove those beyond the `keep` latest (0: keep all)."""
+    path = checkpoints.path(model_dir, step)
+    partial = path.with_name(f"{path.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(partial, path)
+        for old in checkpoints.steps(model_dir)[: -keep if keep else 0]:
+            shutil.rmtree(checkpoints.path(model_dir, old))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(0 if train(Path(sys.argv[1])) else process.INTERRUPTED)
+    except torch.OutOfMemoryError as error:
+        failure: ElectraWrapError = EnvironmentLacks(
+            f"the GPU's memory is too small ({str(error).split('.')[0]}); raise train.micro_batches"
+        )
+    except OSError as error:
+        failure = from_os(error)
+    except ElectraWrapError as error:
+        failure = error
+    process.tell(failure)
+    sys.exit(1)

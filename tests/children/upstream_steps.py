@@ -1,0 +1,99 @@
+"""Repeat the steps of native_steps.py in upstream's graph, with its optimizer, from the checkpoint in MODEL_DIR.
+
+Data, masks and samples are those of steps.npz; dropout is off. Writes losses.npz and gradients.npz into OUT, and a
+checkpoint of the last step into MODEL_DIR.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+checkout, data_dir, model_name, hparams, steps, out = sys.argv[1:]
+sys.path.insert(0, checkout)
+os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
+
+import configure_pretraining  # noqa: E402
+import numpy as np  # noqa: E402
+import run_pretraining  # noqa: E402
+from model import modeling, optimization  # noqa: E402
+from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
+
+tf = run_pretraining.tf
+config = configure_pretraining.PretrainingConfig(model_name, data_dir, **json.loads(Path(hparams).read_text()))
+given = dict(np.load(steps))
+length = given["ids"].shape[2]
+inside = np.arange(length) < given["sizes"][..., None]
+arrays = {
+    "input_ids": given["ids"],
+    "input_mask": inside,
+    "segment_ids": inside & (np.arange(length) >= given["firsts"][..., None]),
+    "masked_lm_positions": given["positions"],
+    "masked_lm_ids": np.take_along_axis(given["ids"], given["positions"], 2) * (given["weights"] > 0),
+    "masked_lm_weights": given["weights"],
+    "masked": given["masked"],
+    "sampled": given["sampled"].reshape(given["positions"].shape),
+}
+arrays = {name: value.astype(np.float32 if "weights" in name else np.int32) for name, value in arrays.items()}
+
+tensors: dict[str, object] = {}
+features: dict[str, object] = {}
+losses: list[list[float]] = []
+modeling.dropout = lambda tensor, probability: tensor
+pretrain_helpers.mask = lambda config, inputs, *rest: pretrain_data.get_updated_inputs(
+    inputs, input_ids=features["masked"]
+)
+pretrain_helpers.sample_from_softmax = lambda logits, disallow=None: tf.one_hot(
+    features["sampled"], config.vocab_size, dtype=tf.float32
+)
+
+clip = optimization.tf.clip_by_global_norm
+
+
+def recorded_clip(gradients, **keys):
+    tensors["gradients"] = dict(zip((v.name[:-2] for v in tf.trainable_variables()), gradients, strict=True))
+    return clip(gradients, **keys)
+
+
+optimization.tf.clip_by_global_norm = recorded_clip
+for name, method in (("generator", "_get_masked_lm_output"), ("discriminator", "_get_discriminator_output")):
+
+    def recorded(self, *arguments, name=name, method=getattr(run_pretraining.PretrainingModel, method)):
+        output = method(self, *arguments)
+        tensors[name] = output.loss
+        return output
+
+    setattr(run_pretraining.PretrainingModel, method, recorded)
+
+
+class Record(tf.estimator.SessionRunHook):
+    def before_run(self, context):
+        wanted = ["loss", "generator", "discriminator", *(() if losses else ("gradients",))]
+        return tf.estimator.SessionRunArgs({name: tensors[name] for name in wanted})
+
+    def after_run(self, context, values):
+        found = values.results
+        if not losses:
+            np.savez(Path(out) / "gradients.npz", **found["gradients"])
+        losses.append([float(found[name]) for name in ("loss", "generator", "discriminator")])
+
+
+build = run_pretraining.model_fn_builder(config)
+
+
+def model_fn(batch, labels, mode, params):
+    features.update(batch)
+    spec = build(batch, labels, mode, params)
+    tensors["loss"] = spec.loss
+    return spec._replace(training_hooks=[Record()])
+
+
+tpu = tf.estimator.tpu
+estimator = tpu.TPUEstimator(
+    model_fn,
+    tpu.RunConfig(None, config.model_dir, 1000, 5, tpu.TPUConfig(1000, 1, None, None)),
+    train_batch_size=config.train_batch_size,
+    eval_batch_size=1,
+)
+estimator.train(lambda params: tf.data.Dataset.from_tensor_slices(arrays), max_steps=config.num_train_steps)
+np.savez(Path(out) / "losses.npz", losses=np.array(losses))
