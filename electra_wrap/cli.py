@@ -17,6 +17,7 @@ from electra_wrap import __version__, profile
 from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError, from_os
 
 DEFAULT_PROFILE = "spanish-tiny"
+ENGINES = ("native", "upstream")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,6 +110,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     command.add_argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator")
     command.add_argument("text", nargs="+", metavar="TEXT")
     command.add_argument("--verbose", action="store_true", help="show the probabilities")
+    command.add_argument("--json", action="store_true")
+
+    command = add(bench, "measure how fast a profile trains here, with either engine")
+    add_profile(command)
+    command.add_argument("--engine", action="append", choices=ENGINES, help="only this one (default: both)")
+    command.add_argument("--steps", type=int, default=120, metavar="N", help="steps to train (default: 120)")
+    command.add_argument("--vocab-size", type=int, metavar="N", help="words (default: the profile's vocabulary's)")
     command.add_argument("--json", action="store_true")
 
     command = add(tensorboard, "open TensorBoard on a run")
@@ -206,6 +214,24 @@ def detect(arguments: argparse.Namespace) -> None:
             table.add_row(*(f"{p:.3f}" for p in result["probabilities"]))
         # Not wrapped: a table that is broken across lines cannot be read.
         console.print(table, width=max(console.width, sum(len(t) + 4 for t in result["tokens"]) + 40), crop=False)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from electra_wrap.native import bench as native_bench
+
+    loaded = profile.Profile.load(arguments.profile, arguments.set)
+    results = native_bench.bench(loaded, arguments.engine or ENGINES, arguments.steps, arguments.vocab_size)
+    if arguments.json:
+        return _print_json(results)
+    table = Table("engine", "device", "precision", "steps/s", "sequences/s", "tokens/s", "TFLOP/s", "of peak")
+    for one in results:
+        speeds = (f"{one[f'{unit}_per_second']:,.3g}" for unit in ("steps", "sequences"))
+        tokens, flops = f"{one['tokens_per_second']:,.0f}", f"{one['model_flops_per_second'] / 1e12:,.3g}"
+        table.add_row(one["engine"], one["device"], one["precision"], *speeds, tokens, flops, f"{one['share_of_peak']:.0%}")
+    Console().print(table)
 
 
 def tensorboard(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_weights
-from conftest import SPANISH, child, tiny
+from conftest import SPANISH, TESTS, child, tiny
 from safetensors.numpy import load_file
 
 from electra_wrap import process, stages, vocab, weights
@@ -181,3 +185,138 @@ def test_masks_are_those_of_upstream(upstream: Path, tmp_path: Path, probability
         expected, freedom = times.sum() / candidates.sum(), candidates.sum() - 1
         chi_square = ((times[candidates] - expected) ** 2 / expected).sum()
         assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 5
+
+
+@pytest.fixture(scope="module")
+def parts() -> Any:
+    return json.loads(child("native_parts.py", "1", "10", "4"))
+
+
+def test_learning_rates_are_those_of_the_pin(parts: Any) -> None:
+    assert parts["rates"] == pytest.approx([0, 0.9 / 4, 0.8 / 2, 0.7 * 3 / 4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
+
+
+def test_initial_values_are_tensorflows(parts: Any) -> None:
+    kinds = set()
+    for name, (deviation, largest, shape) in parts["initial"].items():
+        if name.endswith("LayerNorm.weight"):
+            assert (deviation, largest) == (0, 1)
+        elif name.endswith("bias"):
+            assert largest == 0
+        elif "embeddings_project" in name or "dense_prediction" in name:
+            bound = np.sqrt(6 / sum(shape))
+            assert 0.9 * bound < largest <= bound and deviation == pytest.approx(bound / np.sqrt(3), rel=0.15)
+        else:  # a normal distribution cut at two deviations has 0.8796 of its deviation
+            assert 0.037 < largest <= 0.04 and deviation == pytest.approx(0.8796 * 0.02, rel=0.05)
+            kinds.add(name.split(".")[-2])
+    assert {"word_embeddings", "position_embeddings", "token_type_embeddings", "query", "dense"} <= kinds
+
+
+def test_the_fused_softmax_is_the_plain_one(parts: Any) -> None:
+    assert parts["loss"][0] == pytest.approx(parts["loss"][1], rel=1e-5)
+    assert max(parts["gradients"]) < 1e-5
+
+
+def test_samples_have_the_generators_distribution(parts: Any) -> None:
+    """With evenly spread draws each word comes as often as its probability says, give or take one."""
+    times, expected = np.array(parts["times"]), np.array(parts["expected"])
+    assert np.abs(times - expected).max() <= 1.1 and times[7] == 0
+    assert parts["ends"][0] == parts["ends"][1] == 0 and 1290 < parts["ends"][3] < 1300
+
+
+def command(run: Run) -> list[str]:
+    return [sys.executable, "-m", "electra_wrap.native.train", str(run.directory.path)]
+
+
+def start(run: Run, *argv: str) -> subprocess.Popen[str]:
+    environment = process.environment({"OMP_NUM_THREADS": "2"})
+    return subprocess.Popen(argv or command(run), env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def lines(text: str) -> dict[int, dict[str, float]]:
+    """What training printed, by step."""
+    said = [json.loads(line) for line in text.splitlines() if line.startswith('{"step"')]
+    return {line.pop("step"): line for line in said}
+
+
+def finish(run: Run, *argv: str) -> dict[int, dict[str, float]]:
+    """Train to the end; return the losses of each step."""
+    trainer = start(run, *argv)
+    text, _ = trainer.communicate()
+    assert trainer.returncode == 0, text
+    return lines(text)
+
+
+TWELVE = ("train.save_every=4", "train.keep=0", "train.batch_size=8", "model.num_hidden_layers=1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[int, dict[str, float]]]:
+    run = native(corpus_text, tmp_path_factory.mktemp("undisturbed") / "run", *TWELVE, steps=12)
+    return run, finish(run)
+
+
+def copy(run: Run, directory: Path) -> Run:
+    """Another run with the same data, and no model."""
+    shutil.copytree(run.directory.path, directory, ignore=shutil.ignore_patterns("models"))
+    return Run(run.profile, RunDir(directory))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Bit for bit, dropout included: SIGKILL after the last checkpoint, SIGTERM with one of its own."""
+    run = copy(undisturbed[0], tmp_path / "run")
+    trainer = start(run)
+    assert trainer.stdout
+    seen = ""
+    while '"step": 6,' not in seen:
+        seen += trainer.stdout.readline()
+    trainer.send_signal(number)
+    seen += trainer.communicate()[0]
+    assert trainer.returncode == (process.INTERRUPTED if number == signal.SIGTERM else -number)
+    saved = checkpoints.steps(run.model_dir)[-1]
+    assert saved == (max(lines(seen)) if number == signal.SIGTERM else 4)
+    rest = finish(run)
+    assert min(rest) == saved + 1
+    assert {**lines(seen), **rest} == undisturbed[1] and len(undisturbed[1]) == 12
+    ends = [checkpoints.path(one.model_dir, 12) / "model.safetensors" for one in (run, undisturbed[0])]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
+    undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
+) -> None:
+    script = str(TESTS / "children" / "native_no_dropout.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = {}
+    for name, micro_batches, launcher in (("one", 1, [sys.executable]), ("micro", 2, [sys.executable]), ("two", 2, torchrun)):
+        run = copy(undisturbed[0], tmp_path / name)
+        keys = run.profile.model_dump()
+        keys["train"]["micro_batches"] = micro_batches
+        (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
+        found[name] = finish(run, *launcher, script, str(run.directory.path))
+    for name in ("micro", "two"):
+        for step, losses in found["one"].items():
+            assert found[name][step] == pytest.approx(losses, rel=2e-6), (name, step)
+    assert found["one"] != undisturbed[1], "dropout was on there"
+
+
+def test_every_example_comes_once_an_epoch_whatever_the_division(undisturbed: tuple[Run, Any]) -> None:
+    store = examples.Store(undisturbed[0].directory / "examples")
+    masking = Masking(0.15, 4, (2, 3))
+    keys: dict[str, Any] = {"length": 32, "batch_size": 12, "seed": 5}
+    whole = Batches(store, masking, **keys)
+    epochs = 3
+    order = np.concatenate([whole.examples(step) for step in range(-(-epochs * len(store) // 12))])
+    for epoch in range(epochs):
+        part = order[epoch * len(store) : (epoch + 1) * len(store)]
+        assert (np.sort(part) == np.arange(len(store))).all() and (part != np.arange(len(store))).any()
+    assert (order[: len(store)] != order[len(store) : 2 * len(store)]).any()
+    divided = [Batches(store, masking, **keys, micro_batches=3, processes=2, process=p) for p in (0, 1)]
+    for step in (0, 40, 41):  # 41 spans two epochs or more
+        pieces = [one[3 * step + micro] for micro in range(3) for one in divided]
+        for name, value in whole[step].items():
+            together = np.concatenate([piece[name] for piece in pieces]) if value.ndim else pieces[0][name]
+            assert (together == value).all(), name

@@ -35,6 +35,11 @@ def versions() -> dict[str, str]:
     return {}
 
 
+def precision(wanted: str, gpus: list[str]) -> str:
+    """The precision of products: the profile's, where `auto` is bfloat16 on a GPU."""
+    return ("bfloat16" if gpus else "float32") if wanted == "auto" else wanted
+
+
 def prepare(run: Run) -> None:
     """Nothing has to be fetched."""
 

@@ -19,8 +19,8 @@ from electra_wrap.profile import NETWORKS, Network
 
 GENERATOR_WEIGHT, DISCRIMINATOR_WEIGHT = 1.0, 50.0
 
-#: Most logits that are in memory at once: 2**24 (64 MB) on a CPU, 2**30 on a GPU, where one large product is faster.
-MOST_LOGITS = {"cpu": 2**24, "cuda": 2**30}
+#: Most logits that are in memory at once: 2**25 (128 MB) on a CPU, 2**30 on a GPU, where one large product is faster.
+MOST_LOGITS = {"cpu": 2**25, "cuda": 2**30}
 
 #: Words that are summed together on the way to a sample.
 BLOCK = 512
@@ -136,14 +136,14 @@ class _MaskedLM(torch.autograd.Function):
         compute: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         table = words.to(compute)
-        d_hidden, d_words, d_bias = torch.empty_like(hidden), torch.zeros_like(words), torch.zeros_like(bias)
+        d_hidden, d_words, d_bias = torch.empty_like(hidden), torch.zeros_like(table), torch.zeros_like(bias)
         loss, sampled = hidden.new_zeros(()), torch.empty_like(labels)
-        rows = max(1, MOST_LOGITS[hidden.device.type] // len(words))
+        rows = min(len(hidden), max(1, MOST_LOGITS[hidden.device.type] // len(words)))
+        products = table.new_empty(rows, len(words))
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
-            inputs, label = hidden[part].to(compute), labels[part, None]
-            weight = weights[part, None]
-            logits = (inputs @ table.T).float().add_(bias)
+            inputs, label, weight = hidden[part].to(compute), labels[part, None], weights[part, None]
+            logits = torch.mm(inputs, table.T, out=products[: len(inputs)]).float().add_(bias)
             top = logits.amax(1, keepdim=True)
             of_label = logits.gather(1, label)
             powers = logits.sub_(top).exp_()
@@ -153,7 +153,7 @@ class _MaskedLM(torch.autograd.Function):
             d_bias += gradient.sum(0)
             gradient = gradient.to(compute)
             d_hidden[part] = gradient @ table
-            d_words += gradient.T @ inputs
+            d_words.addmm_(gradient.T, inputs)
         ctx.save_for_backward(d_hidden, d_words, d_bias)
         ctx.mark_non_differentiable(sampled)
         return loss, sampled
@@ -161,7 +161,7 @@ class _MaskedLM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_hidden, d_words, d_bias = ctx.saved_tensors
-        return upstream * d_hidden, upstream * d_words, upstream * d_bias, None, None, None, None
+        return upstream * d_hidden, upstream * d_words.float(), upstream * d_bias, None, None, None, None
 
 
 def _total_and_sample(powers: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

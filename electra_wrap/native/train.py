@@ -7,6 +7,7 @@ electra_wrap.native.train RUN_DIR` does, in a run directory that all of them see
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import signal
@@ -92,13 +93,14 @@ def train(directory: Path) -> bool:
 
 
 def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it wonders at embeddings that two networks share
     keys = profile.train
     gpu = keys.device != "cpu" and torch.cuda.is_available()
     if keys.device == "gpu" and not gpu:
         raise EnvironmentLacks(f'train.device = "gpu", but {engine.NO_GPU}')
-    if keys.precision == "tf32":
+    precision = engine.precision(keys.precision, ["cuda"] if gpu else [])
+    if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    half = keys.precision == "bfloat16" or (keys.precision == "auto" and gpu)
     plugin = TorchDynamoPlugin(backend="no")
     if keys.compile is True or (keys.compile == "auto" and gpu):
         # CUDA graphs: a small model's kernels take less time than launching them one by one.
@@ -106,7 +108,7 @@ def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
         plugin = TorchDynamoPlugin(backend="inductor", mode=mode, fullgraph=True, dynamic=False)
     accelerator = Accelerator(
         cpu=not gpu,
-        mixed_precision="bf16" if half else "no",
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
         gradient_accumulation_steps=keys.micro_batches,
         dynamo_plugin=plugin,
         log_with="tensorboard",
@@ -132,7 +134,8 @@ def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: 
     gpu = accelerator.device.type == "cuda"
     numbers = range(start * keys.micro_batches, keys.steps * keys.micro_batches)
     more = {"num_workers": WORKERS, "prefetch_factor": 8} if gpu else {}
-    return iter(DataLoader(batches, batch_size=None, sampler=numbers, pin_memory=gpu, **more))  # type: ignore[arg-type]
+    own = torch.Generator()  # a loader takes a number of the global one, which dropout needs undisturbed
+    return iter(DataLoader(batches, None, sampler=numbers, pin_memory=gpu, generator=own, **more))  # type: ignore[arg-type]
 
 
 def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor], adam: Any) -> None:

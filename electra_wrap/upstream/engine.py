@@ -36,6 +36,11 @@ def versions() -> dict[str, str]:
     return {"upstream": pin.commit, "patched upstream": pin.patched_tree}
 
 
+def precision(wanted: str, gpus: list[str]) -> str:
+    """The precision of products: the profile's, where `auto` is what the scripts do."""
+    return "float32" if wanted == "auto" else wanted
+
+
 def prepare(run: Run) -> None:
     """Fetch, verify and patch upstream, before hours of other work. EnvironmentLacks if that cannot be."""
     checkout.ensure(run.upstream)

@@ -25,7 +25,7 @@ class Runtime:
     """Settings of a training process that upstream's scripts have no argument for: they go by the environment."""
 
     seed: int
-    precision: str = "float32"
+    precision: str = "auto"
     xla: bool = False
 
     @classmethod
@@ -94,7 +94,7 @@ def train(
     keys = profile.train
     xla = keys.compile is True
     environment = {
-        **Runtime(keys.seed, "tf32" if keys.precision == "tf32" else "float32", xla).variables(),
+        **Runtime(keys.seed, keys.precision, xla).variables(),
         **({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
         # XLA compiles for the CPU only when told so here.
         **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpu else {}),
