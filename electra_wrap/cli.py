@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,103 +26,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"electra_wrap: error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(UsageError.exit_code)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line (with the program's name first)."""
-    flags.FLAGS(argv[:1])  # absl's own flags stay at their defaults
-    parser = _Parser(prog="python -m electra_wrap", description=sys.modules["electra_wrap"].__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(function: Any, help: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(function.__name__, help=help, description=help)
-        command.set_defaults(function=function)
-        return command
-
-    def add_profile(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--profile",
-            default=DEFAULT_PROFILE,
-            metavar="NAME|FILE",
-            help=f"name from `profiles` or a TOML file (default: {DEFAULT_PROFILE})",
-        )
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override a key of the profile, e.g. train.steps=100",
-        )
-
-    def add_run_dir(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--run-dir", metavar="DIR", help="run directory (default: runs/PROFILE)")
-
-    def add_upstream(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--upstream", metavar="SRC", help="URL, clone, bare mirror or bundle of upstream")
-
-    command = add(run, "train a model: text in, discriminator and generator out")
-    add_profile(command)
-    add_run_dir(command)
-    add_upstream(command)
-    command.add_argument(
-        "--until", metavar="STAGE", help="stop after this stage, e.g. vocab, train, convert"
-    )
-    command.add_argument(
-        "--launch", metavar="COMMAND", help='native engine: what starts its processes, e.g. "torchrun --nnodes 2 …"'
-    )
-    command.add_argument("--dry-run", action="store_true", help="only say what would be done, and why")
-
-    add(profiles, "list the profiles that ship")
-
-    command = add(show, "print a profile, or what is derived from it, as JSON")
-    add_profile(command)
-    add_run_dir(command)
-    command.add_argument("--what", choices=["profile", "hparams", "discriminator", "generator"], default="profile")
-
-    add_upstream(add(vendor, "fetch, verify and patch google-research/electra"))
-
-    command = add(convert, "convert a TensorFlow checkpoint for transformers, or back")
-    command.add_argument(
-        "source",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="directory, or prefix like model.ckpt-1000; with --to-tf: DISCRIMINATOR GENERATOR",
-    )
-    command.add_argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written")
-    command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
-    command.add_argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written")
-    command.add_argument("--model", choices=["both", *profile.NETWORKS], default="both")
-    command.add_argument("--lowercase", action="store_true", help="the model was trained on lowercased text")
-    command.add_argument("--strip-accents", action="store_true", help="… and without accents")
-    command.add_argument(
-        "--max-length", type=int, metavar="N", help="longest text for the tokenizer (default: positions)"
-    )
-    command.add_argument("--heads", type=int, metavar="N", help="discriminator's attention heads (default: hidden/64)")
-    command.add_argument("--generator-heads", type=int, metavar="N", help="likewise the generator's")
-    command.add_argument(
-        "--to-tf", action="store_true", help="from transformers to a checkpoint at --step (default: 0)"
-    )
-    command.add_argument("--force", action="store_true", help="replace what is in --out")
-
-    command = add(detect, "ask a discriminator which tokens were replaced")
-    command.add_argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator")
-    command.add_argument("text", nargs="+", metavar="TEXT")
-    command.add_argument("--verbose", action="store_true", help="show the probabilities")
-    command.add_argument("--json", action="store_true")
-
-    command = add(bench, "measure how fast a profile trains here, with either engine")
-    add_profile(command)
-    command.add_argument("--engine", action="append", choices=ENGINES, help="only this one (default: both)")
-    command.add_argument("--steps", type=int, default=120, metavar="N", help="steps to train (default: 120)")
-    command.add_argument("--vocab-size", type=int, metavar="N", help="words (default: the profile's vocabulary's)")
-    command.add_argument("--json", action="store_true")
-
-    command = add(tensorboard, "open TensorBoard on a run")
-    add_profile(command)
-    add_run_dir(command)
-    return parser.parse_args(argv[1:])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -230,8 +133,11 @@ def bench(arguments: argparse.Namespace) -> None:
     for one in results:
         speeds = (f"{one[f'{unit}_per_second']:,.3g}" for unit in ("steps", "sequences"))
         tokens, flops = f"{one['tokens_per_second']:,.0f}", f"{one['model_flops_per_second'] / 1e12:,.3g}"
-        table.add_row(one["engine"], one["device"], one["precision"], *speeds, tokens, flops, f"{one['share_of_peak']:.0%}")
-    Console().print(table)
+        table.add_row(
+            one["engine"], one["device"], one["precision"], *speeds, tokens, flops, f"{one['share_of_peak']:.0%}"
+        )
+    console = Console()
+    console.print(table, width=max(console.width, 110), crop=False)
 
 
 def tensorboard(arguments: argparse.Namespace) -> None:
@@ -256,6 +162,105 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _argument(*names: str, **keys: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, keys
+
+
+_PROFILE = (
+    _argument("--profile", default=DEFAULT_PROFILE, metavar="NAME|FILE", help=f"default: {DEFAULT_PROFILE}"),
+    _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=100; overrides a key"),
+)
+_RUN_DIR = _argument("--run-dir", metavar="DIR", help="run directory (default: runs/PROFILE)")
+_UPSTREAM = _argument("--upstream", metavar="SRC", help="URL, clone, bare mirror or bundle of upstream")
+_JSON = _argument("--json", action="store_true", help="print JSON")
+
+#: Each command: its function, whose name it has, what it does, and its arguments.
+COMMANDS: tuple[tuple[Callable[..., None], str, Sequence[Any]], ...] = (
+    (
+        run,
+        "train a model: text in, discriminator and generator out",
+        (
+            *(*_PROFILE, _RUN_DIR, _UPSTREAM),
+            _argument("--until", metavar="STAGE", help="stop after this stage, e.g. vocab, train, convert"),
+            _argument("--launch", metavar="COMMAND", help='native engine: its launcher, e.g. "torchrun --nnodes 2 …"'),
+            _argument("--dry-run", action="store_true", help="only say what would be done, and why"),
+        ),
+    ),
+    (profiles, "list the profiles that ship", ()),
+    (
+        show,
+        "print a profile, or what is derived from it, as JSON",
+        (
+            *(*_PROFILE, _RUN_DIR),
+            _argument("--what", choices=["profile", "hparams", "discriminator", "generator"], default="profile"),
+        ),
+    ),
+    (vendor, "fetch, verify and patch google-research/electra", (_UPSTREAM,)),
+    (
+        convert,
+        "convert a TensorFlow checkpoint for transformers, or back",
+        (
+            _argument(
+                "source",
+                nargs="+",
+                metavar="CHECKPOINT",
+                help="directory, or prefix like model.ckpt-1000; with --to-tf: DISCRIMINATOR GENERATOR",
+            ),
+            _argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written"),
+            _argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)"),
+            _argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written"),
+            _argument("--model", choices=["both", *profile.NETWORKS], default="both"),
+            _argument("--lowercase", action="store_true", help="the model was trained on lowercased text"),
+            _argument("--strip-accents", action="store_true", help="… and without accents"),
+            _argument(
+                "--max-length", type=int, metavar="N", help="longest text for the tokenizer (default: positions)"
+            ),
+            _argument("--heads", type=int, metavar="N", help="discriminator's attention heads (default: hidden/64)"),
+            _argument("--generator-heads", type=int, metavar="N", help="likewise the generator's"),
+            _argument("--to-tf", action="store_true", help="from transformers to a checkpoint at --step (default: 0)"),
+            _argument("--force", action="store_true", help="replace what is in --out"),
+        ),
+    ),
+    (
+        detect,
+        "ask a discriminator which tokens were replaced",
+        (
+            _argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator"),
+            _argument("text", nargs="+", metavar="TEXT"),
+            _argument("--verbose", action="store_true", help="show the probabilities"),
+            _JSON,
+        ),
+    ),
+    (
+        bench,
+        "measure how fast a profile trains here, with either engine",
+        (
+            *_PROFILE,
+            _argument("--engine", action="append", choices=ENGINES, help="only this one (default: both)"),
+            _argument("--steps", type=int, default=120, metavar="N", help="steps to train (default: 120)"),
+            _argument("--vocab-size", type=int, metavar="N", help="words (default: those of the profile's vocabulary)"),
+            _JSON,
+        ),
+    ),
+    (tensorboard, "open TensorBoard on a run", (*_PROFILE, _RUN_DIR)),
+)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line (with the program's name first)."""
+    flags.FLAGS(argv[:1])  # absl's own flags stay at their defaults
+    parser = _Parser(prog="python -m electra_wrap", description=sys.modules["electra_wrap"].__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for function, does, arguments in COMMANDS:
+        command = commands.add_parser(function.__name__, help=does, description=does)
+        command.set_defaults(function=function)
+        for names, keys in arguments:
+            command.add_argument(*names, **keys)
+    return parser.parse_args(argv[1:])
 
 
 def main(arguments: argparse.Namespace) -> None:

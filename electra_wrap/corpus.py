@@ -20,6 +20,10 @@ from electra_wrap.errors import UsageError
 MAX_PIECE_LINES = 1000
 
 
+#: Upstream's records, which may be given in place of text.
+RECORDS = "pretrain_data.tfrecord-*"
+
+
 @dataclasses.dataclass
 class Counts:
     """What became of a corpus: of the text kept, and of what was mended or left out on the way."""
@@ -34,6 +38,8 @@ class Counts:
 def find_files(sources: Iterable[str], exclude: Path) -> list[Path]:
     """Return the text files of `sources`: files, globs, and directories, whose *.txt are taken recursively.
 
+    A directory of upstream's records, without text, gives those.
+
     Nothing under `exclude` (the run directory) is taken. UsageError if a source matches nothing.
     """
     files: list[Path] = []
@@ -45,6 +51,7 @@ def find_files(sources: Iterable[str], exclude: Path) -> list[Path]:
         path = Path(source)
         if path.is_dir():
             found = sorted(p for p in path.rglob("*.txt") if p.is_file() and p.name != "vocab.txt")
+            found = found or sorted(path.glob(RECORDS))
         elif path.is_file():
             found = [path]
         else:
@@ -112,22 +119,16 @@ def _lines(files: Iterable[Path], max_lines: int | None, counts: Counts) -> Iter
                     if number == max_lines:
                         return
                     number += 1
-                    line = raw.decode("utf-8", "replace")
-                    if "\ufffd" in line and not _is_utf8(raw):
+                    try:
+                        line = raw.decode("utf-8")
+                    except UnicodeDecodeError:
+                        line = raw.decode("utf-8", "replace")
                         counts.invalid_utf8 += 1
                     # Upstream's reader ends a line at \n alone; what else Python would call a line end is a space.
                     yield re.sub(r"\s+", " ", line.removeprefix("\ufeff")).strip()
         except (OSError, EOFError) as error:
             raise UsageError(f"{path}: cannot be read as text: {error}; replace the file") from None
         yield ""
-
-
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _pieces(lines: Iterable[str], blank_lines_separate_documents: bool) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,12 +56,15 @@ def run(
     env: Mapping[str, str],
     log: Path,
     on_line: Callable[[str], None] = lambda line: None,
-) -> int:
-    """Run a command, append its output to `log`, pass each line to `on_line`; return its exit code.
+) -> None:
+    """Run a command to its end, append it and its output to `log`, pass each line to `on_line`.
 
-    The first SIGINT or SIGTERM asks the command to save and stop, a second one kills it; then Interrupted.
+    The first SIGINT or SIGTERM asks the command to save and stop, a second one kills it; then Interrupted, also if
+    the signal reached the command alone. StageFailed if it fails.
     """
     with log.open("a", encoding="utf-8") as file, _signals() as received:
+        file.write(f"$ {shlex.join(argv)}\n")
+        file.flush()
         child = subprocess.Popen(
             argv,
             cwd=cwd,
@@ -79,9 +83,10 @@ def run(
             file.flush()
             on_line(line.rstrip("\n"))
         code = child.wait()
-    if received.count:
+    if received.count or code == INTERRUPTED:
         raise Interrupted("interrupted; the same command resumes")
-    return code
+    if code:
+        raise StageFailed(f"{log.stem} ended with code {code}; the whole log is {log}", tail(log))
 
 
 class _Received:

@@ -117,9 +117,16 @@ def _corpus_inputs(run: Run) -> dict[str, Any]:
 
 
 def _corpus(run: Run) -> dict[str, Any]:
-    keys = run.profile.corpus
+    keys, files = run.profile.corpus, _corpus_files(run)
     with partial(run.directory / "heldout") as held_out, partial(run.directory / "corpus") as training:
-        counts = corpus.shard(_corpus_files(run), training, held_out, keys)
+        if all(path.match(corpus.RECORDS) for path in files):
+            held_out.mkdir()
+            training.mkdir()
+            for path in files:
+                shutil.copyfile(path, training / path.name)
+            say(f"corpus: {len(files)} files of records, taken as they are")
+            return {}
+        counts = corpus.shard(files, training, held_out, keys)
     say(f"corpus: {counts.lines:,} lines, {counts.bytes / 1e6:.1f} MB, {counts.held_out_lines:,} lines held out")
     if counts.invalid_utf8:
         say(f"corpus: {counts.invalid_utf8:,} lines were not UTF-8; what could not be read was dropped")
@@ -305,7 +312,8 @@ def model_card(run: Run, network: Network, step: int) -> str:
     profile = run.profile
     model_class = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network]
     shape = profile.model.shape(network)
-    lines = run.recorded("corpus").get("facts", {}).get("lines", 0)
+    lines = run.recorded("corpus").get("facts", {}).get("lines")
+    text = f"{lines:,} lines of text" if lines else "records made elsewhere"
     return f"""---
 language: {profile.language}
 library_name: transformers
@@ -319,7 +327,7 @@ tags:
 {profile.description}.
 
 An ELECTRA {network} with {shape.num_hidden_layers} layers of {shape.hidden_size}, trained for {step:,} steps of \
-{profile.train.batch_size} sequences of {profile.model.max_seq_length} tokens on {lines:,} lines of text, with \
+{profile.train.batch_size} sequences of {profile.model.max_seq_length} tokens on {text}, with \
 {run.engine.CREDIT}.
 
 ```python
@@ -446,10 +454,13 @@ def plan(run: Run, until: str | None = None) -> list[tuple[Stage, str]]:
 def _refuse_other_model(run: Run, first: tuple[Stage, str]) -> None:
     """Raise UsageError if a model is there already and its data is about to become other data."""
     stage, why = first
-    step, recorded = run.step, run.recorded(stage.name)
+    step, recorded, inputs = run.step, run.recorded(stage.name), stage.inputs(run)
     if step is None:
         return
-    if not recorded or _difference(recorded["inputs"], stage.inputs(run)):
+    if stage.name == run.engine.DATA:  # perhaps the other engine's is recorded; the model knows what it was trained on
+        recorded = run.recorded("train")
+        inputs = {**recorded.get("inputs", {}), **inputs}
+    if not recorded or _difference(recorded["inputs"], inputs):
         raise UsageError(
             f"{run.model_dir} has a model trained for {step:,} steps, and its data would change ({stage.name}: {why}); "
             "set that back, or use another --run-dir"

@@ -93,7 +93,7 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
         "electra_wrap.upstream.tf1": "pass",
         # TensorBoard's writer takes TensorFlow where it can.
         "electra_wrap.native.train": "from torch.utils.tensorboard import SummaryWriter; SummaryWriter('x').close()",
-        "electra_wrap.native.records": "list(electra_wrap.native.records.read(__import__('pathlib').Path('.'), 0))",
+        "electra_wrap.native.records": "list(electra_wrap.native.records.read(__import__('pathlib').Path('.'), 0, 0, 0))",
     }[module]
     code = f"import sys, {module}\n{touch}\nprint(*sorted({{'tensorflow', 'torch', 'triton'}} & set(sys.modules)))"
     loaded = set(python(code, tmp_path).split())

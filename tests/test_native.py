@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from conftest import SPANISH, TESTS, child, tiny
 from safetensors.numpy import load_file
 
 from electra_wrap import process, stages, vocab, weights
+from electra_wrap.errors import UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.native import engine as native_engine
 from electra_wrap.native.batches import Batches, Masking
@@ -74,6 +76,10 @@ def continued(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return run
 
 
+#: What upstream's graph gave for those steps: samples, losses, and norms of gradients, weights and slots.
+REFERENCE = TESTS / "reference.json"
+
+
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest difference, as a share of the largest value."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
@@ -94,7 +100,10 @@ def steps_of_both_engines(run: Run, upstream: Path, out: Path) -> dict[str, floa
 
     Of losses, gradients and weights as shares of the largest; afterwards `out` has all of both.
     """
-    child("native_steps.py", run.directory.path, out)
+    samples = out / "samples.npy"
+    if not os.environ.get("ELECTRA_WRAP_RECORD"):
+        np.save(samples, np.array(json.loads(REFERENCE.read_text(encoding="utf-8"))["samples"]))
+    child("native_steps.py", run.directory.path, out, *([samples] if samples.exists() else []))
     hparams, theirs = out / "hparams.json", out / "theirs"
     hparams.write_text(json.dumps(run.hparams()), encoding="utf-8")
     theirs.mkdir()
@@ -109,23 +118,67 @@ def steps_of_both_engines(run: Run, upstream: Path, out: Path) -> dict[str, floa
     }
     ours, their_gradients = np.load(out / "gradients.npz"), np.load(theirs / "gradients.npz")
     found["gradient"] = max(
-        relative(ours[f"{network}.{row.pytorch}"], their_gradients[row.tensorflow].T if row.transposed else their_gradients[row.tensorflow])
+        relative(
+            ours[f"{network}.{row.pytorch}"],
+            their_gradients[row.tensorflow].T if row.transposed else their_gradients[row.tensorflow],
+        )
         for network, row in rows(run)
     )
     for file in ("model", *weights.SLOTS):
         for network in NETWORKS:
-            end, their_end = (load_file(directory / "end" / network / f"{file}.safetensors") for directory in (out, theirs))
+            end, their_end = (
+                load_file(directory / "end" / network / f"{file}.safetensors") for directory in (out, theirs)
+            )
             assert set(end) == set(their_end)
-            there = max(relative(end[row.pytorch], their_end[row.pytorch]) for name, row in rows(run) if name == network)
+            there = max(
+                relative(end[row.pytorch], their_end[row.pytorch]) for name, row in rows(run) if name == network
+            )
             found[file] = max(found.get(file, 0.0), there)
     return found
+
+
+def summary(run: Run, steps: Path, losses: np.ndarray, gradients: dict[str, np.ndarray], end: Path) -> dict[str, Any]:
+    """Steps in numbers few enough to keep. `gradients` are under the names of `{network}.{parameter}`."""
+    norms = {}
+    for network, row in rows(run):
+        name = f"{network}.{row.pytorch}"
+        files = [load_file(end / network / f"{file}.safetensors")[row.pytorch] for file in ("model", *weights.SLOTS)]
+        norms[name] = [float(np.linalg.norm(value)) for value in (gradients[name], *files)]
+    return {"samples": np.load(steps)["sampled"].tolist(), "losses": losses.tolist(), "norms": norms}
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["samples"] == expected["samples"]
+    assert np.array(found["losses"]) == pytest.approx(np.array(expected["losses"]), rel=1e-5)
+    assert found["norms"].keys() == expected["norms"].keys()
+    for name, norms in expected["norms"].items():
+        assert found["norms"][name] == pytest.approx(norms, rel=2e-4), name
 
 
 @pytest.mark.upstream
 def test_twenty_steps_are_those_of_upstreams_graph(upstream: Path, continued: Run, tmp_path: Path) -> None:
     found = steps_of_both_engines(continued, upstream, tmp_path)
-    assert max(found.values()) < 2e-5, found
-    print(found)
+    assert max(found.values()) < 3e-5, found
+    positions = np.load(tmp_path / "steps.npz")["positions"].reshape(-1, 4)
+    assert any(len(set(row[row > 0])) < (row > 0).sum() for row in positions), "some positions were chosen twice"
+    losses, theirs = np.load(tmp_path / "theirs" / "losses.npz")["losses"], np.load(tmp_path / "theirs/gradients.npz")
+    gradients = {f"{network}.{row.pytorch}": theirs[row.tensorflow] for network, row in rows(continued)}
+    recorded = summary(continued, tmp_path / "steps.npz", losses, gradients, tmp_path / "theirs" / "end")
+    if os.environ.get("ELECTRA_WRAP_RECORD"):
+        REFERENCE.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
+    assert_equal(recorded, json.loads(REFERENCE.read_text(encoding="utf-8")))
+
+
+def test_twenty_steps_are_those_recorded_from_upstreams_graph(continued: Run, tmp_path: Path) -> None:
+    """The same without upstream. (`ELECTRA_WRAP_RECORD=1 tox -e upstream` writes the record anew.)"""
+    expected = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    np.save(tmp_path / "samples.npy", np.array(expected["samples"]))
+    shutil.copytree(continued.directory.path, tmp_path / "run", ignore=shutil.ignore_patterns(f"step-{START + STEPS}"))
+    child("native_steps.py", tmp_path / "run", tmp_path, tmp_path / "samples.npy")
+    steps = np.load(tmp_path / "steps.npz")
+    losses = np.stack([steps[f"{name}_loss"] for name in ("loss", "generator", "discriminator")], 1)
+    gradients = dict(np.load(tmp_path / "gradients.npz"))
+    assert_equal(summary(continued, tmp_path / "steps.npz", losses, gradients, tmp_path / "end"), expected)
 
 
 @pytest.mark.parametrize("text", ["many documents", "no document boundary", "odd"])
@@ -148,10 +201,74 @@ def test_examples_are_those_of_the_script(upstream: Path, corpus_text: Path, tmp
             if not run.recorded("corpus")["facts"]["held_out_lines"]:
                 continue
         out = tmp_path / name
-        number = process.call("electra_wrap.native.records", {**job, "out": str(out), "vocab_size": 300})
+        number = process.call("electra_wrap.native.records", {**job, "out": str(out), "vocab_size": 300, "length": 32})
         assert number == len(examples.Store(run.directory / name)) > 0
         for file in ("tokens.bin", "index.bin", "store.json"):
             assert (out / file).read_bytes() == (run.directory / name / file).read_bytes(), file
+
+
+@pytest.mark.upstream
+def test_existing_records_are_trained_on(upstream: Path, corpus_text: Path, tmp_path: Path) -> None:
+    built = Run(tiny(corpus_text, "corpus.held_out=0"), RunDir(tmp_path / "built"))
+    stages.execute(built, "tfrecords")
+    records = built.directory / "pretrain_tfrecords"
+    keys = (f"tokenizer.source={built.vocabulary}",)
+    run = native(records, tmp_path / "run", *keys)
+    text = native(corpus_text, tmp_path / "text", *keys, "corpus.held_out=0")
+    found = []
+    for one in (run, text):
+        store = examples.Store(one.directory / "examples")
+        ids, firsts = store.read(np.arange(len(store)), 32)
+        found.append(sorted(np.column_stack([ids, firsts]).tolist()))
+    assert found[0] == found[1] and len(found[0]) > 100
+    theirs = Run(tiny(records, *keys), RunDir(tmp_path / "theirs"))
+    stages.execute(theirs, "tfrecords")
+    assert theirs.digest("pretrain_tfrecords") == built.digest("pretrain_tfrecords")
+    with pytest.raises(UsageError, match="has examples of 32 tokens"):
+        native(records, tmp_path / "other", *keys, "model.max_seq_length=16")
+
+
+@pytest.mark.upstream
+def test_a_run_changes_engines_half_way(upstream: Path, corpus_text: Path, tmp_path: Path) -> None:
+    """Upstream to native to upstream: weights and Adam's slots go over bit for bit, and training goes on."""
+    directory = RunDir(tmp_path / "run")
+
+    def train(engine: str, steps: int) -> Run:
+        run = Run(tiny(corpus_text, f'engine="{engine}"', "train.learning_rate=0.01", steps=steps), directory)
+        stages.execute(run, "train")
+        return run
+
+    def variables(model_dir: Path) -> dict[str, np.ndarray]:
+        child("read_checkpoint.py", model_dir)
+        return dict(np.load(model_dir / "values.npz"))
+
+    train("upstream", 4)
+    run = Run(tiny(corpus_text, 'engine="native"', "train.learning_rate=0.01", steps=4), directory)
+    before = variables(run.model_dir)
+    out = tmp_path / "out"
+    upstream_engine.export(run, 4, out, slots=True)
+    native_engine.adopt(run, 4, out)
+    native_engine.export(run, 4, tmp_path / "back", slots=True)
+    again = Run(run.profile.model_copy(update={"model_name": "again"}), directory)
+    again.model_dir.mkdir()
+    upstream_engine.adopt(again, 4, tmp_path / "back")
+    after = variables(again.model_dir)
+    assert set(before) == set(after)
+    assert all((before[name] == after[name]).all() for name in before)
+    assert any(np.abs(value).max() > 0 for name, value in after.items() if name.endswith("adam_v"))
+    shutil.rmtree(checkpoints.path(run.model_dir, 4))
+
+    assert train("native", 7).checkpoint() == (7, native_engine)
+    run = train("upstream", 9)
+    assert run.checkpoint() == (9, upstream_engine)
+    assert run.recorded("train")["facts"] | {"seconds_training": 0, "final_loss": 0} == {
+        **{"engine": "upstream", "device": "cpu", "from_step": 7, "step": 9},
+        **{"seconds_training": 0, "final_loss": 0},
+    }
+    end = variables(run.model_dir)
+    assert end["global_step"] == 9 and set(end) == set(before)
+    stages.execute(run, "check")
+    assert not [p.name for p in run.model_dir.iterdir() if "partial" in p.name or "exported" in p.name]
 
 
 @pytest.mark.upstream
@@ -291,7 +408,11 @@ def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
     script = str(TESTS / "children" / "native_no_dropout.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     found = {}
-    for name, micro_batches, launcher in (("one", 1, [sys.executable]), ("micro", 2, [sys.executable]), ("two", 2, torchrun)):
+    for name, micro_batches, launcher in (
+        ("one", 1, [sys.executable]),
+        ("micro", 2, [sys.executable]),
+        ("two", 2, torchrun),
+    ):
         run = copy(undisturbed[0], tmp_path / name)
         keys = run.profile.model_dump()
         keys["train"]["micro_batches"] = micro_batches
@@ -301,6 +422,21 @@ def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
         for step, losses in found["one"].items():
             assert found[name][step] == pytest.approx(losses, rel=2e-6), (name, step)
     assert found["one"] != undisturbed[1], "dropout was on there"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_is_the_same_model(undisturbed: tuple[Run, dict[int, Any]], tmp_path: Path) -> None:
+    """In one graph, without a break: that is what CUDA graphs need, which no CPU can test."""
+    found = []
+    for compiled in (False, True):
+        run = copy(undisturbed[0], tmp_path / str(compiled))
+        keys = run.profile.model_dump()
+        keys["train"] |= {"compile": compiled, "steps": 3}
+        (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
+        script = str(TESTS / "children" / "native_no_dropout.py")
+        found.append(finish(run, sys.executable, script, str(run.directory.path)))
+    for step, losses in found[0].items():
+        assert found[1][step] == pytest.approx(losses, rel=1e-5)
 
 
 def test_every_example_comes_once_an_epoch_whatever_the_division(undisturbed: tuple[Run, Any]) -> None:

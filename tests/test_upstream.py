@@ -28,7 +28,7 @@ from electra_wrap import paths, process, stages, vocab
 from electra_wrap.profile import NETWORKS, Profile
 from electra_wrap.rundir import RunDir
 from electra_wrap.stages import Run
-from electra_wrap.upstream import engine, scripts
+from electra_wrap.upstream import engine
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("upstream")]
 
@@ -41,14 +41,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus_text: Path, upstre
     return run
 
 
-def run_script(
-    upstream: Path, run: Run, model_name: str, hparams: Path, log: Path, losses: list[float] | None = None
-) -> None:
+def run_script(run: Run, model_name: str, hparams: dict[str, Any], losses: list[float] | None = None) -> None:
     """Run run_pretraining.py on a run's data, as another model, with hparams of one's own."""
-    profile = run.profile.model_copy(update={"model_name": model_name})
     collect = (losses if losses is not None else []).append
-    directory = run.directory.path
-    scripts.train(upstream, profile, directory, hparams, gpu=False, log=log, on_step=lambda step, loss: collect(loss))
+    other = Run(run.profile.model_copy(update={"model_name": model_name}), run.directory)
+    engine.train(other, [], lambda step, loss: collect(loss), hparams)
 
 
 def losses(run: Run) -> list[float]:
@@ -81,7 +78,7 @@ def test_a_second_run_does_nothing_and_more_steps_resume(finished: Run, corpus_t
     more = Run(tiny(corpus_text, steps=6), RunDir(finished.directory.path))
     assert [stage.name for stage, _ in stages.plan(more, "check")] == ["train", "convert", "check"]
     stages.execute(more, "train")
-    assert len(losses(more)) == 6 and scripts.latest_step(more.model_dir) == 6
+    assert len(losses(more)) == 6 and engine.latest_step(more.model_dir) == 6
 
 
 def test_the_same_profile_gives_the_same_records_and_losses(finished: Run, corpus_text: Path, tmp_path: Path) -> None:
@@ -113,21 +110,15 @@ def test_blank_lines_separate_documents_or_do_not(upstream: Path, finished: Run,
     """Upstream's own flag was true whatever one gave it."""
     sizes = {}
     for value in (True, False):
-        scripts.build_records(
-            upstream,
-            Profile.load("spanish-tiny", [f"corpus.blank_lines_separate_documents={json.dumps(value)}"]),
-            finished.directory / "corpus",
-            finished.vocabulary,
-            tmp_path / str(value),
-            files=2,
-            log=tmp_path / "log",
-            on_done=lambda n: None,
-        )
+        keys = finished.profile.model_dump()
+        keys["corpus"]["blank_lines_separate_documents"] = value
+        run = Run(Profile.model_validate(keys), finished.directory)
+        sizes[value] = engine.build(run, finished.directory / "corpus", tmp_path / str(value))
         assert len(list((tmp_path / str(value)).iterdir())) == 2
-        sizes[value] = sum(engine.count(path) for path in (tmp_path / str(value)).iterdir())
     # A document here is no multiple of an example: cut at each one, the text fills fewer tokens of each.
     assert sizes[True] > 1.05 * sizes[False]
-    arguments = shlex.split((tmp_path / "log").read_text(encoding="utf-8").split("\n$ ")[-1].splitlines()[0])
+    log = finished.log("tfrecords").read_text(encoding="utf-8")
+    arguments = shlex.split(log.split("\n$ ")[-1].splitlines()[0])
     done = subprocess.run(
         [a.replace("=False", "=no") for a in arguments],
         env=process.environment({}),
@@ -287,7 +278,7 @@ def test_logits_equal_those_of_upstreams_graph(upstream: Path, tmp_path: Path, s
 def test_training_continues_at_the_same_loss_from_a_checkpoint_that_went_there_and_back(
     upstream: Path, finished: Run, tmp_path: Path
 ) -> None:
-    step = scripts.latest_step(finished.model_dir)
+    step = engine.latest_step(finished.model_dir)
     both = {network: str(tmp_path / "hf" / network) for network in NETWORKS}
     process.call(
         "electra_wrap.weights", {"task": "convert", "checkpoint": str(finished.model_dir), "out": str(tmp_path / "hf")}
@@ -295,11 +286,10 @@ def test_training_continues_at_the_same_loss_from_a_checkpoint_that_went_there_a
     back = finished.directory / "models" / "back"
     process.call("electra_wrap.weights", {"task": "convert_back", **both, "out": str(back), "step": step})
     shutil.copytree(finished.model_dir, finished.directory / "models" / "copy")
-    hparams = tmp_path / "h.json"
-    hparams.write_text(json.dumps({**finished.hparams(), "num_train_steps": step + 1}), encoding="utf-8")
+    hparams = {**finished.hparams(), "num_train_steps": step + 1}
     found: dict[str, list[float]] = {"copy": [], "back": []}
     for name, values in found.items():
-        run_script(upstream, finished, name, hparams, tmp_path / "log", values)
+        run_script(finished, name, hparams, values)
     assert len(found["copy"]) == 1 and found["copy"] == found["back"]
 
 
@@ -311,10 +301,9 @@ def test_a_damaged_record_stops_training(upstream: Path, finished: Run, tmp_path
         content = bytearray(path.read_bytes())
         content[20] ^= 1  # in the first record
         path.write_bytes(content)
-    (run.directory / "hparams.json").write_text(json.dumps(run.hparams()), encoding="utf-8")
     with pytest.raises(stages.StageFailed, match="ended with code") as raised:
-        run_script(upstream, run, "m", run.directory / "hparams.json", tmp_path / "log")
-    assert "DataLossError" in (tmp_path / "log").read_text(encoding="utf-8") and raised.value.tail
+        run_script(run, "m", run.hparams())
+    assert "DataLossError" in run.log("train").read_text(encoding="utf-8") and raised.value.tail
 
 
 def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: Path, tmp_path: Path) -> None:
@@ -337,7 +326,7 @@ def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: P
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130, error
-    step = scripts.latest_step(finished.directory / "models" / "long")
+    step = engine.latest_step(finished.directory / "models" / "long")
     assert step and f"step {step:,} is saved, the same command resumes there" in error.splitlines()[-1]
 
 
@@ -348,7 +337,7 @@ def test_the_learning_rate_sees_the_step_before_it_advances(upstream: Path) -> N
 
 
 def test_evaluation_runs_on_the_latest_checkpoint(upstream: Path, finished: Run, tmp_path: Path) -> None:
-    step = scripts.latest_step(finished.model_dir)
+    step = engine.latest_step(finished.model_dir)
     hparams = {
         **finished.hparams(),
         "do_train": False,
@@ -356,9 +345,8 @@ def test_evaluation_runs_on_the_latest_checkpoint(upstream: Path, finished: Run,
         "num_eval_steps": 2,
         "pretrain_tfrecords": str(finished.directory / "heldout_tfrecords" / "*"),
     }
-    (tmp_path / "h.json").write_text(json.dumps(hparams), encoding="utf-8")
-    run_script(upstream, finished, finished.profile.model_name, tmp_path / "h.json", tmp_path / "log")
-    log = (tmp_path / "log").read_text(encoding="utf-8")
+    run_script(finished, finished.profile.model_name, hparams)
+    log = finished.log("train").read_text(encoding="utf-8")
     metrics = dict(re.findall(r"^  (\w+) = (\S+)$", log, re.M))
     assert metrics["global_step"] == str(step)
     assert {"disc_auc", "disc_accuracy", "disc_loss", "masked_lm_accuracy", "loss"} <= metrics.keys()
@@ -366,7 +354,6 @@ def test_evaluation_runs_on_the_latest_checkpoint(upstream: Path, finished: Run,
 
 
 def test_a_tpu_is_refused_clearly(upstream: Path, finished: Run, tmp_path: Path) -> None:
-    (tmp_path / "h.json").write_text(json.dumps({**finished.hparams(), "use_tpu": True}), encoding="utf-8")
     with pytest.raises(stages.StageFailed) as raised:
-        run_script(upstream, finished, "tpu", tmp_path / "h.json", tmp_path / "log")
+        run_script(finished, "tpu", {**finished.hparams(), "use_tpu": True})
     assert raised.value.tail.endswith("TPUs are not supported: set use_tpu to false")

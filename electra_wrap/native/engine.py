@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import process, vocab
-from electra_wrap.errors import Interrupted, StageFailed
+from electra_wrap import corpus, process, vocab
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import Meter
@@ -49,11 +48,15 @@ def latest_step(model_dir: Path) -> int | None:
 
 
 def build(run: Run, text: Path, out: Path) -> int:
-    """Write the store of the examples of the shards in `text`; return their number."""
+    """Write the store of the examples of the shards in `text`, or of upstream's records there; return their number."""
+    words = len(vocab.read(run.vocabulary))
+    if all(path.match(corpus.RECORDS) for path in text.iterdir()):
+        job = {"directory": str(text), "length": run.profile.model.max_seq_length, "vocab_size": words, "out": str(out)}
+        return int(process.call("electra_wrap.native.records", job, log=run.log(DATA)))
     size = sum(path.stat().st_size for path in text.iterdir())
-    with Meter(f"examples of {text.name}", size, "bytes") as meter:
-        found = examples.build(text, run.vocabulary, run.profile, meter.update)
-        return examples.write(out, found, len(vocab.read(run.vocabulary)))
+    with Meter(f"examples of {text.name}", size // 1000, "kB") as meter:
+        found = examples.build(text, run.vocabulary, run.profile, lambda done: meter.update(done // 1000))
+        return examples.write(out, found, words)
 
 
 def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> None:
@@ -64,7 +67,6 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
     elif len(gpus) > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}"]
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
-    log = run.log("train")
 
     def read(line: str) -> None:
         if not line.startswith("{"):
@@ -73,13 +75,7 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
         process.hear(said)
         on_step(said["step"], said["loss"])
 
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(argv)}\n")
-    code = process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=read)
-    if code == process.INTERRUPTED:
-        raise Interrupted("interrupted; the same command resumes")
-    if code:
-        raise StageFailed(f"training ended with code {code}; the whole log is {log}", process.tail(log))
+    process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
 
 
 def files(model_dir: Path, step: int) -> list[Path]:

@@ -35,7 +35,9 @@ class Electra(nn.Module):
     def __init__(self, configs: Mapping[Network, dict[str, Any]]) -> None:
         super().__init__()
         # Without `pad_token_id`, whose embedding would have no gradient: the generator may well propose [PAD].
-        shapes = {n: ElectraConfig(**{**configs[n], "pad_token_id": None}, attn_implementation="sdpa") for n in NETWORKS}
+        shapes = {
+            n: ElectraConfig(**{**configs[n], "pad_token_id": None}, attn_implementation="sdpa") for n in NETWORKS
+        }
         self.discriminator = ElectraForPreTraining(shapes["discriminator"])
         self.generator = ElectraForMaskedLM(shapes["generator"])
         self.generator.electra.embeddings = self.discriminator.electra.embeddings

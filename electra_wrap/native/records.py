@@ -11,11 +11,16 @@ from electra_wrap.errors import UsageError
 from electra_wrap.native import examples
 
 
-def read(directory: Path, jobs: int) -> Iterator[examples.Example]:
-    """Yield the examples in the order in which `jobs` processes wrote them: each went round its files."""
+def read(directory: Path, jobs: int, length: int, vocab_size: int) -> Iterator[examples.Example]:
+    """Yield the examples in the order in which `jobs` processes wrote them: each went round its files.
+
+    UsageError if one is not of `length` or has an id beyond the vocabulary.
+    """
     import tensorflow as tf
 
-    found = {int(m[1]): path for path in directory.iterdir() if (m := re.search(r"\.tfrecord-(\d+)-of-\d+$", path.name))}
+    found = {
+        int(m[1]): path for path in directory.iterdir() if (m := re.search(r"\.tfrecord-(\d+)-of-\d+$", path.name))
+    }
     for job in range(jobs):
         files = [iter(tf.compat.v1.io.tf_record_iterator(str(found[i]))) for i in sorted(found) if i % jobs == job]
         while files:
@@ -25,21 +30,25 @@ def read(directory: Path, jobs: int) -> Iterator[examples.Example]:
                     files.remove(file)
                     continue
                 features = tf.train.Example.FromString(record).features.feature
-                ids, mask, segments = (
-                    features[name].int64_list.value for name in ("input_ids", "input_mask", "segment_ids")
-                )
-                length = sum(mask)
-                yield examples.Example(ids[:length], length - sum(segments))
+                names = ("input_ids", "input_mask", "segment_ids")
+                ids, mask, segments = (features[name].int64_list.value for name in names)
+                if len(ids) != length or max(ids) >= vocab_size:
+                    raise UsageError(
+                        f"{directory} has examples of {len(ids)} tokens up to id {max(ids)}, the profile says "
+                        f"{length} tokens and the vocabulary has {vocab_size}; correct the profile"
+                    )
+                size = sum(mask)
+                yield examples.Example(ids[:size], size - sum(segments))
 
 
-def convert(directory: str, jobs: int, out: str, vocab_size: int) -> int:
+def convert(directory: str, length: int, vocab_size: int, out: str, jobs: int = 1) -> int:
     """Write the store `out` from the records in `directory`; return the number of examples."""
     import tensorflow as tf
 
     try:
-        return examples.write(Path(out), read(Path(directory), jobs), vocab_size)
-    except (tf.errors.OpError, OverflowError) as error:
-        raise UsageError(f"{directory}: not whole records of this vocabulary ({error}); build them again") from None
+        return examples.write(Path(out), read(Path(directory), jobs, length, vocab_size), vocab_size)
+    except tf.errors.OpError as error:
+        raise UsageError(f"{directory}: not whole records ({error.message}); build them again") from None
 
 
 if __name__ == "__main__":

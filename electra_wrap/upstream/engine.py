@@ -1,16 +1,23 @@
-"""The upstream engine: what stages.py asks of an engine, done by google-research/electra's scripts."""
+"""The upstream engine: what stages.py asks of an engine, done by google-research/electra's two scripts.
+
+They run as subprocesses: their arguments, their environment, and what their output says are here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import process, vocab
+from electra_wrap import corpus, process, vocab
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import Meter
 from electra_wrap.rundir import finish, write_json, write_text
-from electra_wrap.upstream import checkout, scripts
+from electra_wrap.upstream import checkout
 
 if TYPE_CHECKING:
     from electra_wrap.stages import Run
@@ -22,12 +29,15 @@ PACKAGES = {DATA: ("tensorflow",), "train": ("tensorflow",), "convert": ("tensor
 #: Text for each record file. Upstream's 1000 files are for a corpus of gigabytes; training mixes the files.
 BYTES_PER_RECORD_FILE = 2**20
 
+#: The module that lists GPUs, and what to say where there is none.
 GPUS, NO_GPU = "electra_wrap.upstream.gpus", "TensorFlow sees none; install electra-wrap[gpu] and the NVIDIA driver"
 
 #: What trained a model, in its model card.
 CREDIT = "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
 
-latest_step = scripts.latest_step
+#: A line of upstream's ETAHook, e.g. `20/200 = 10.0%, SPS: 3.1, ELAP: 9, ETA: 58 - loss: 41.2034`.
+_STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
+_JOB_DONE = re.compile(r"^Job (\d+): Done!$")
 
 
 def versions() -> dict[str, str]:
@@ -36,7 +46,7 @@ def versions() -> dict[str, str]:
     return {"upstream": pin.commit, "patched upstream": pin.patched_tree}
 
 
-def precision(wanted: str, gpus: list[str]) -> str:
+def precision(wanted: str, gpus: Sequence[str]) -> str:
     """The precision of products: the profile's, where `auto` is what the scripts do."""
     return "float32" if wanted == "auto" else wanted
 
@@ -55,17 +65,31 @@ def record_files(text_bytes: int, shards: int) -> int:
 def build(run: Run, text: Path, out: Path) -> int:
     """Build the records of the shards in `text` with one process for each; return the number of examples."""
     parts = list(text.iterdir())
+    if all(path.match(corpus.RECORDS) for path in parts):
+        shutil.copytree(text, out)
+        return sum(count(path) for path in parts)
+    keys = run.profile.tokenizer
+    arguments = [
+        f"--corpus-dir={text}",
+        f"--vocab-file={run.vocabulary}",
+        f"--output-dir={out}",
+        f"--max-seq-length={run.profile.model.max_seq_length}",
+        f"--num-processes={len(parts)}",
+        f"--num-out-files={record_files(sum(path.stat().st_size for path in parts), len(parts))}",
+        f"--blanks-separate-docs={run.profile.corpus.blank_lines_separate_documents}",
+        f"--seed={run.profile.train.seed}",
+        "--do-lower-case" if keys.lowercase else "--no-lower-case",
+        "--do-strip-accents" if keys.strip_accents else "--no-strip-accents",
+    ]
+    done: set[str] = set()
     with Meter(f"tfrecords of {text.name}", len(parts), "shards") as meter:
-        scripts.build_records(
-            checkout.ensure(run.upstream),
-            run.profile,
-            text,
-            run.vocabulary,
-            out,
-            files=record_files(sum(path.stat().st_size for path in parts), len(parts)),
-            log=run.log(DATA),
-            on_done=meter.update,
-        )
+
+        def read(line: str) -> None:
+            if match := _JOB_DONE.match(line):
+                done.add(match[1])
+                meter.update(len(done))
+
+        script(run, "build_pretraining_dataset.py", arguments, {"CUDA_VISIBLE_DEVICES": "-1"}, read)
     return sum(count(path) for path in out.iterdir())
 
 
@@ -79,13 +103,50 @@ def count(path: Path) -> int:
     return number
 
 
-def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> None:
-    """Train until the profile's last step; `on_step` gets step and loss of each logged step."""
-    hparams = run.directory / "hparams.json"
-    write_json(hparams, run.hparams())
+def train(
+    run: Run, gpus: Sequence[str], on_step: Callable[[int, float], None], hparams: dict[str, Any] | None = None
+) -> None:
+    """Train until the profile's last step; `on_step` gets step and loss of each logged step.
+
+    `hparams` are the profile's unless given.
+    """
+
+    def read(line: str) -> None:
+        if match := _STEP.match(line):
+            on_step(int(match[1]), float(match[3]))
+
+    keys, path = run.profile.train, run.directory / "hparams.json"
+    write_json(path, hparams or run.hparams())
+    xla = keys.compile is True
+    environment = {
+        # What the scripts have no argument for: estimator.py reads it.
+        "ELECTRA_WRAP_RUNTIME": json.dumps({"seed": keys.seed, "precision": keys.precision, "xla": xla}),
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": "-1"}),
+        # XLA compiles for the CPU only when told so here.
+        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpus else {}),
+    }
+    arguments = [f"--data-dir={run.directory.path}", f"--model-name={run.profile.model_name}", f"--hparams={path}"]
+    script(run, "run_pretraining.py", arguments, environment, read)
+
+
+def script(run: Run, name: str, arguments: list[str], extra: dict[str, str], on_line: Callable[[str], None]) -> None:
+    """Run one of the scripts, of a checkout that is verified first, with its output in the stage's log."""
     source = checkout.ensure(run.upstream)
-    log = run.log("train")
-    scripts.train(source, run.profile, run.directory.path, hparams, gpu=bool(gpus), log=log, on_step=on_step)
+    log = run.log("train" if name == "run_pretraining.py" else DATA)
+    argv = [sys.executable, "-s", str(source / name), *arguments]
+    process.run(argv, cwd=source, env=process.environment(extra), log=log, on_line=on_line)
+
+
+def latest_step(model_dir: Path) -> int | None:
+    """Step of the latest checkpoint that upstream's `checkpoint` file names, if that is there."""
+    try:
+        text = (model_dir / "checkpoint").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    match = re.search(r'^model_checkpoint_path: ".*model\.ckpt-(\d+)"$', text, re.M)
+    if match is None or not (model_dir / f"model.ckpt-{match[1]}.index").is_file():
+        return None
+    return int(match[1])
 
 
 def files(model_dir: Path, step: int) -> list[Path]:

@@ -4,12 +4,14 @@ TensorFlow 2.16 dropped Estimator. What the script needs of it is small: build o
 MonitoredTrainingSession with the script's own hooks, save checkpoints and summaries, or evaluate the latest
 checkpoint. Names and arguments are Estimator's, because the script calls them.
 
-What the scripts have no argument for (seed, precision, XLA) comes from the environment: see scripts.Runtime.
+What the scripts have no argument for (seed, precision, XLA) comes from the environment: see engine.train.
 """
 
 from __future__ import annotations
 
 import collections
+import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +20,6 @@ from typing import Any
 import tensorflow.compat.v1 as tf
 
 from electra_wrap.process import INTERRUPTED
-from electra_wrap.upstream.scripts import Runtime
 
 SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
@@ -63,7 +64,7 @@ class _TPU:
             self._model_fn = model_fn
             self._config = config
             self._batch_size = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size}
-            self._runtime = Runtime.read()
+            self._runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
 
         def train(self, input_fn: Callable[..., Any], max_steps: int) -> None:
             """Continue from the latest checkpoint of model_dir, if any, until the global step is `max_steps`.
@@ -78,7 +79,7 @@ class _TPU:
             with tf.Graph().as_default():
                 # The start step is part of the seed: with the seed alone, every continued run would see the
                 # first batches and the first masks again.
-                spec = self._build(ModeKeys.TRAIN, input_fn, self._runtime.seed + start)
+                spec = self._build(ModeKeys.TRAIN, input_fn, self._runtime["seed"] + start)
                 tf.summary.scalar("loss", spec.loss)
                 stop = _StopOnSignal()
                 saver = tf.train.Saver(
@@ -112,7 +113,7 @@ class _TPU:
             if checkpoint is None:
                 raise ValueError(f"no checkpoint in {self._config.model_dir}")
             with tf.Graph().as_default():
-                spec = self._build(ModeKeys.EVAL, input_fn, self._runtime.seed)
+                spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
                 metric_fn, tensors = spec.eval_metrics
                 metrics = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
                 values = {name: value for name, (value, _) in metrics.items()}
@@ -159,10 +160,10 @@ class _TPU:
             return int(tf.train.load_variable(checkpoint, "global_step"))
 
         def _session_config(self) -> Any:
-            tf.config.experimental.enable_tensor_float_32_execution(self._runtime.precision == "tf32")
+            tf.config.experimental.enable_tensor_float_32_execution(self._runtime.get("precision") == "tf32")
             config = tf.ConfigProto(allow_soft_placement=True)
             config.gpu_options.allow_growth = True
-            if self._runtime.xla:
+            if self._runtime.get("xla"):
                 config.graph_options.optimizer_options.global_jit_level = tf.OptimizerOptions.ON_1
             return config
 
