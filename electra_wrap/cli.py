@@ -129,15 +129,16 @@ def bench(arguments: argparse.Namespace) -> None:
     results = native_bench.bench(loaded, arguments.engine or ENGINES, arguments.steps, arguments.vocab_size)
     if arguments.json:
         return _print_json(results)
-    table = Table("engine", "device", "precision", "steps/s", "sequences/s", "tokens/s", "TFLOP/s", "of peak")
+    table = Table("engine", "device", "precision", "steps/s", "sequences/s", "tokens/s", "TFLOP/s", "of peak", box=None)
     for one in results:
-        speeds = (f"{one[f'{unit}_per_second']:,.3g}" for unit in ("steps", "sequences"))
-        tokens, flops = f"{one['tokens_per_second']:,.0f}", f"{one['model_flops_per_second'] / 1e12:,.3g}"
+        speeds = (one[f"{unit}_per_second"] for unit in ("steps", "sequences", "tokens"))
+        shown = [f"{speed:,.4g}" if speed < 1000 else f"{speed:,.0f}" for speed in speeds]
+        flops = f"{one['model_flops_per_second'] / 1e12:,.3g}"
         table.add_row(
-            one["engine"], one["device"], one["precision"], *speeds, tokens, flops, f"{one['share_of_peak']:.0%}"
+            *(one[key] for key in ("engine", "device", "precision")), *shown, flops, f"{one['share_of_peak']:.0%}"
         )
     console = Console()
-    console.print(table, width=max(console.width, 110), crop=False)
+    console.print(table, width=max(console.width, 120), crop=False)
 
 
 def tensorboard(arguments: argparse.Namespace) -> None:

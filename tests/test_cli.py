@@ -86,14 +86,14 @@ def test_no_module_can_bring_tensorflow_and_torch_into_one_process() -> None:
     ],
 )
 def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) -> None:
-    """What the modules load at run time, not only by name: check and train load PyTorch's side, the others TensorFlow's."""
+    """What the modules load at run time: check and train load PyTorch's side, the others TensorFlow's."""
     touch = {
         "electra_wrap.check": "import torch, transformers; transformers.ElectraForPreTraining",
         "electra_wrap.weights": "import tensorflow; tensorflow.train.load_checkpoint",
         "electra_wrap.upstream.tf1": "pass",
         # TensorBoard's writer takes TensorFlow where it can.
         "electra_wrap.native.train": "from torch.utils.tensorboard import SummaryWriter; SummaryWriter('x').close()",
-        "electra_wrap.native.records": "list(electra_wrap.native.records.read(__import__('pathlib').Path('.'), 0, 0, 0))",
+        "electra_wrap.native.records": "electra_wrap.native.records.convert('.', 0, 0, 'out')",
     }[module]
     code = f"import sys, {module}\n{touch}\nprint(*sorted({{'tensorflow', 'torch', 'triton'}} & set(sys.modules)))"
     loaded = set(python(code, tmp_path).split())

@@ -51,7 +51,7 @@ START, STEPS = 3, 20
 
 @pytest.fixture(scope="module")
 def continued(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose data is there, and a model at step 3 with weights and slots of its own: upstream's, and handed over."""
+    """A run with data, and a model at step 3 with weights and slots of its own: upstream's, and handed over."""
     directory = tmp_path_factory.mktemp("continued")
     tokens = make_vocabulary(directory / "vocab.txt", *SPANISH, "0123456789. ")
     run = native(

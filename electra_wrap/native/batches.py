@@ -116,6 +116,6 @@ class Batches:
             "weights": weights,
             "masked": self._masking.apply(ids, positions, draws[1, rows]),
             "draws": draws[2, rows].astype(np.float32),
-            "chosen": np.float32(self._masking.numbers(sizes, self._length).sum()),
-            "tokens": np.float32(sizes.sum()),
+            "chosen": np.asarray(self._masking.numbers(sizes, self._length).sum(), np.float32),
+            "tokens": np.asarray(sizes.sum(), np.float32),
         }

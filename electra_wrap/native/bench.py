@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -75,7 +76,7 @@ def _measure(run: stages.Run) -> dict[str, Any]:
     if len(used) < 2:
         raise UsageError(f"{keys.steps} steps are too few to time; give --steps {WINDOWS} or more")
     speed = statistics.median(
-        (step - before) / (now - then) for (before, then), (step, now) in zip(used, used[1:], strict=False)
+        (step - before) / (now - then) for (before, then), (step, now) in itertools.pairwise(used)
     )
     precision = run.engine.precision(keys.precision, gpus)
     flops = speed * run.profile.flops_per_step(len(vocab.read(run.vocabulary)))

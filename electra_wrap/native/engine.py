@@ -79,7 +79,8 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
 
 
 def files(model_dir: Path, step: int) -> list[Path]:
-    return [path for path in sorted(checkpoints.path(model_dir, step).rglob("*.safetensors"))]
+    """The files of a checkpoint that have its weights."""
+    return sorted(checkpoints.path(model_dir, step).rglob("model.safetensors"))
 
 
 def export(run: Run, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:

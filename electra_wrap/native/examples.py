@@ -136,7 +136,8 @@ class Store:
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each of these examples: [n] to [n]."""
         starts = np.where(numbers > 0, self._index[numbers - 1, 0], 0)
-        return self._index[numbers, 0] - starts
+        sizes: np.ndarray = self._index[numbers, 0] - starts
+        return sizes
 
     def read(self, numbers: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of these examples, padded with 0, and of each the length of its first segment.

@@ -47,7 +47,7 @@ class Electra(nn.Module):
     @property
     def words(self) -> Tensor:
         """The word embeddings, [vocab_size, embedding_size]."""
-        return self.discriminator.electra.embeddings.word_embeddings.weight  # type: ignore[no-any-return]
+        return self.discriminator.electra.embeddings.word_embeddings.weight
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -124,10 +124,10 @@ def masked_lm(
 
 
 class _MaskedLM(torch.autograd.Function):
-    """`masked_lm`, with the gradients computed on the way: each chunk of logits exists once, and is then overwritten."""
+    """`masked_lm` with its gradients computed on the way: a chunk of logits exists once, and is then overwritten."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         words: Tensor,
@@ -161,7 +161,7 @@ class _MaskedLM(torch.autograd.Function):
         return loss, sampled
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_words, d_bias = ctx.saved_tensors
         return upstream * d_hidden, upstream * d_words.float(), upstream * d_bias, None, None, None, None
 
@@ -206,7 +206,8 @@ def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
     PyTorch's AdamW corrects by 1 - beta**step; a step of 100,000 from the start makes that exactly 1.
     """
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (others if "LayerNorm" in name or "bias" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -135,7 +135,7 @@ def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: 
     numbers = range(start * keys.micro_batches, keys.steps * keys.micro_batches)
     more = {"num_workers": WORKERS, "prefetch_factor": 8} if gpu else {}
     own = torch.Generator()  # a loader takes a number of the global one, which dropout needs undisturbed
-    return iter(DataLoader(batches, None, sampler=numbers, pin_memory=gpu, generator=own, **more))  # type: ignore[arg-type]
+    return iter(DataLoader(batches, None, sampler=numbers, pin_memory=gpu, generator=own, **more))
 
 
 def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor], adam: Any) -> None:

@@ -170,7 +170,8 @@ def export(run: Run, step: int, out: Path, *, slots: bool = False) -> dict[str, 
 def adopt(run: Run, step: int, exported: Path) -> None:
     """Make a checkpoint of what another engine exported with slots, from which `train` goes on."""
     made = exported / "checkpoint"
-    job = {"task": "convert_back", "step": step, "out": str(made), **{n: str(exported / n) for n in NETWORKS}}
+    networks: dict[str, str] = {network: str(exported / network) for network in NETWORKS}
+    job = {"task": "convert_back", "step": step, "out": str(made), **networks}
     process.call("electra_wrap.weights", job, log=run.log("train"))
     for file in files(made, step):
         finish(file, run.model_dir / file.name)

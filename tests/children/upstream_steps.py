@@ -56,14 +56,20 @@ def recorded_clip(gradients, **keys):
 
 
 optimization.tf.clip_by_global_norm = recorded_clip
-for name, method in (("generator", "_get_masked_lm_output"), ("discriminator", "_get_discriminator_output")):
 
-    def recorded(self, *arguments, name=name, method=getattr(run_pretraining.PretrainingModel, method)):
-        output = method(self, *arguments)
+
+def record_loss(name, method):
+    def recorded(*arguments):
+        output = method(*arguments)
         tensors[name] = output.loss
         return output
 
-    setattr(run_pretraining.PretrainingModel, method, recorded)
+    return recorded
+
+
+graph = run_pretraining.PretrainingModel
+graph._get_masked_lm_output = record_loss("generator", graph._get_masked_lm_output)
+graph._get_discriminator_output = record_loss("discriminator", graph._get_discriminator_output)
 
 
 class Record(tf.estimator.SessionRunHook):
