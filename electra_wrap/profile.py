@@ -379,7 +379,11 @@ def _gather(overrides: Sequence[str]) -> dict[str, Any]:
 def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:
     """The first of pydantic's findings as one line: file, key, value, what is wrong and the mend."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "str", "list["))]
+    location = [
+        str(part)
+        for part in first["loc"]
+        if not str(part).startswith(("function-", "str", "list[", "literal[", "bool"))
+    ]
     value, kind, message = first["input"], first["type"], first["msg"]
     if kind == "value_error":
         key, _, message = str(first["ctx"]["error"]).partition("\0")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import corpus, process, vocab
+from electra_wrap.errors import StageFailed
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import Meter
@@ -67,15 +68,21 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
     elif len(gpus) > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}"]
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
+    errors: list[dict[str, str]] = []
 
     def read(line: str) -> None:
-        if not line.startswith("{"):
-            return
-        said = json.loads(line)
-        process.hear(said)
-        on_step(said["step"], said["loss"])
+        if line.startswith('{"step"'):
+            said = json.loads(line)
+            on_step(said["step"], said["loss"])
+        elif line.startswith('{"error"'):
+            errors.append(json.loads(line))
 
-    process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
+    try:
+        process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
+    except StageFailed:
+        for error in errors:
+            process.hear(error)
+        raise
 
 
 def files(model_dir: Path, step: int) -> list[Path]:

@@ -63,6 +63,8 @@ def train(directory: Path) -> bool:
             exchange.load(checkpoint, network, adam.optimizer)
         else:
             accelerator.load_state(str(checkpoint))
+    # What an interrupted run logged after its last checkpoint is logged again.
+    accelerator.init_trackers(model_dir.name, init_kwargs={"tensorboard": {"purge_step": start + 1}})
     batches = _batches(profile, directory, tokens, accelerator, start)
     prepared.train()
     for step in range(start + 1, keys.steps + 1):
@@ -83,8 +85,9 @@ def train(directory: Path) -> bool:
                 parts.append(torch.stack([value.detach() for value in losses.values()]))
         if parts:
             _report(accelerator, step, dict(zip(losses, torch.stack(parts).sum(0), strict=True)), adam)
-        stopped = stop.asked(accelerator, step, keys.log_every)
+        stopped = stop.asked(accelerator, step)
         if step % keys.save_every == 0 or step == keys.steps or stopped:
+            _check(step, losses["loss"].item())
             _save(accelerator, model_dir, step, keys.keep)
         if stopped:
             return False
@@ -106,7 +109,7 @@ def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
         # CUDA graphs: a small model's kernels take less time than launching them one by one.
         mode = "reduce-overhead" if gpu else "default"
         plugin = TorchDynamoPlugin(backend="inductor", mode=mode, fullgraph=True, dynamic=False)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not gpu,
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         gradient_accumulation_steps=keys.micro_batches,
@@ -114,8 +117,6 @@ def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
         log_with="tensorboard",
         project_dir=str(model_dir.parent),
     )
-    accelerator.init_trackers(model_dir.name)
-    return accelerator
 
 
 def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, start: int) -> Any:
@@ -144,11 +145,15 @@ def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor]
     summed = dict(zip(losses, accelerator.reduce(values, "sum").tolist(), strict=True))
     if accelerator.is_main_process:
         print(json.dumps({"step": step, **summed}), flush=True)
-    if not all(math.isfinite(value) for value in summed.values()):
-        raise StageFailed(f"the loss at step {step} is {summed['loss']}; lower train.learning_rate or warm up longer")
+    _check(step, summed["loss"])
     names = {"loss": "loss", "generator": "loss/generator", "discriminator": "loss/discriminator"}
     scalars = {names[name]: value for name, value in summed.items()}
     accelerator.log({**scalars, "learning_rate": adam.param_groups[0]["lr"]}, step=step)
+
+
+def _check(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise StageFailed(f"the loss at step {step} is {loss}; lower train.learning_rate or warm up longer")
 
 
 class _Stop:
@@ -162,11 +167,14 @@ class _Stop:
     def _note(self, number: int, frame: Any) -> None:
         self._received = True
 
-    def asked(self, accelerator: Accelerator, step: int, every: int) -> bool:
-        """Return whether to stop after this step: at once, but with several processes only at each `every`th step."""
+    def asked(self, accelerator: Accelerator, step: int) -> bool:
+        """Return whether to stop after this step: at once, but several processes ask each other every tenth step only.
+
+        (Asking makes a GPU wait; torchrun gives its processes 30 s to end.)
+        """
         if accelerator.num_processes == 1:
             return self._received
-        if step % every:
+        if step % 10:
             return False
         if self._received:
             accelerator.set_trigger()
