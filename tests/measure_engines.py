@@ -4,8 +4,8 @@
 
 Trains the profile on CORPUS with each engine and each seed, in turn, and prints mean losses of windows of steps, the
 largest difference between two seeds of one engine and between the engines' means, and the median seconds of a step.
-Upstream's records are put in random order first: its reader mixes a hundred neighbours, where native mixes all, and
-examples next to each other in a corpus are alike. --as-they-are leaves them.
+Upstream's records are put in random order and into one file first, so that both engines see the same kind of batches:
+its reader opens a file again before it has read the others, and mixes a hundred neighbours. --as-they-are leaves them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ arguments = parser.parse_args()
 
 
 def shuffle_records(directory: Path, seed: int) -> None:
-    """Put the records of a directory in random order: 12 bytes of length and checksum, the record, 4 of checksum."""
+    """Put a directory's records in one file, in random order. (Each has 12 bytes before it and 4 behind it.)"""
     files = sorted(directory.iterdir())
     records = []
     for path in files:
@@ -46,8 +46,9 @@ def shuffle_records(directory: Path, seed: int) -> None:
             records.append(content[:end])
             content = content[end:]
     order = np.random.default_rng(seed).permutation(len(records))
-    for path, part in zip(files, np.array_split(order, len(files)), strict=True):
-        path.write_bytes(b"".join(records[number] for number in part))
+    for path in files[1:]:
+        path.unlink()
+    files[0].write_bytes(b"".join(records[number] for number in order))
 
 
 curves: dict[str, list[np.ndarray]] = {"upstream": [], "native": []}
