@@ -158,6 +158,11 @@ class Train(_Section):
             "warmup_steps",
             f"the learning rate would never arrive in {self.steps} steps; choose fewer, about a tenth of train.steps",
         )
+        _require(
+            self.batch_size % self.micro_batches == 0,
+            "micro_batches",
+            f"they do not divide train.batch_size = {self.batch_size}; choose a divisor",
+        )
         return self
 
 

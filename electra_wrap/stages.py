@@ -25,9 +25,11 @@ from electra_wrap.profile import NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
 from electra_wrap.rundir import RunDir, partial, write_json, write_text
 
-#: Keys of hparams.json with which a model may go on: they say how long and how often, not what.
+#: Keys of hparams.json with which a model may go on (they say how long and how often, not what), and those that
+#: `_data_inputs` has under the profile's names.
 _CONTINUABLE = (
     *("num_train_steps", "save_checkpoints_steps", "keep_checkpoint_max", "iterations_per_loop", "eval_batch_size"),
+    *("max_seq_length", "do_lower_case"),
 )
 
 #: Asked of every converted model: one sentence as it is, one with a word that does not belong.
@@ -119,7 +121,11 @@ def _corpus_inputs(run: Run) -> dict[str, Any]:
 def _corpus(run: Run) -> dict[str, Any]:
     keys, files = run.profile.corpus, _corpus_files(run)
     with partial(run.directory / "heldout") as held_out, partial(run.directory / "corpus") as training:
-        if all(path.match(corpus.RECORDS) for path in files):
+        if records := [path for path in files if path.match(corpus.RECORDS)]:
+            if len({path.name for path in records}) < len(files):
+                raise UsageError(
+                    "corpus.source has records beside text, or of two directories; give one directory of them"
+                )
             held_out.mkdir()
             training.mkdir()
             for path in files:
@@ -237,11 +243,12 @@ def _continue(run: Run) -> int:
     if (found := run.checkpoint()) is None:
         return 0
     step, made_by = found
+    for left in run.model_dir.glob("exported-*"):
+        shutil.rmtree(left)
     say(f"train: resumes at step {step:,} of {run.profile.train.steps:,}")
     if made_by is not run.engine:
         say(f"train: hands the checkpoint over to the {run.profile.engine} engine, Adam's slots included")
         exported = run.model_dir / f"exported-{step}"
-        shutil.rmtree(exported, ignore_errors=True)
         made_by.export(run, step, exported, slots=True)
         run.engine.adopt(run, step, exported)
         shutil.rmtree(exported, ignore_errors=True)
@@ -302,13 +309,13 @@ def _convert(run: Run) -> dict[str, Any]:
                 strip_accents=keys.strip_accents,
                 max_length=run.profile.model.max_seq_length,  # positions beyond it were never trained
             )
-            write_text(out / network / "README.md", model_card(run, network, step))
+            write_text(out / network / "README.md", model_card(run, network, step, made_by))
     say(f"convert: step {step:,} is in {run.directory / 'hf'}")
     return {"step": step, **facts}
 
 
-def model_card(run: Run, network: Network, step: int) -> str:
-    """Return the README.md of an exported model, with the metadata that the hub reads."""
+def model_card(run: Run, network: Network, step: int, made_by: Any) -> str:
+    """Return the README.md of a model that an engine exported, with the metadata that the hub reads."""
     profile = run.profile
     model_class = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network]
     shape = profile.model.shape(network)
@@ -328,7 +335,7 @@ tags:
 
 An ELECTRA {network} with {shape.num_hidden_layers} layers of {shape.hidden_size}, trained for {step:,} steps of \
 {profile.train.batch_size} sequences of {profile.model.max_seq_length} tokens on {text}, with \
-{run.engine.CREDIT}.
+{made_by.CREDIT}.
 
 ```python
 from transformers import AutoTokenizer, {model_class}
@@ -454,13 +461,12 @@ def plan(run: Run, until: str | None = None) -> list[tuple[Stage, str]]:
 def _refuse_other_model(run: Run, first: tuple[Stage, str]) -> None:
     """Raise UsageError if a model is there already and its data is about to become other data."""
     stage, why = first
-    step, recorded, inputs = run.step, run.recorded(stage.name), stage.inputs(run)
+    step, recorded = run.step, run.recorded(stage.name)
     if step is None:
         return
     if stage.name == run.engine.DATA:  # perhaps the other engine's is recorded; the model knows what it was trained on
-        recorded = run.recorded("train")
-        inputs = {**recorded.get("inputs", {}), **inputs}
-    if not recorded or _difference(recorded["inputs"], inputs):
+        _train_reason(run, run.recorded("train"), _train_inputs(run))
+    elif not recorded or _difference(recorded["inputs"], stage.inputs(run)):
         raise UsageError(
             f"{run.model_dir} has a model trained for {step:,} steps, and its data would change ({stage.name}: {why}); "
             "set that back, or use another --run-dir"

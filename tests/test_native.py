@@ -364,6 +364,7 @@ def finish(run: Run, *argv: str) -> dict[int, dict[str, float]]:
     return lines(text)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TWELVE = ("train.save_every=4", "train.keep=0", "train.batch_size=8", "model.num_hidden_layers=1")
 
 
@@ -406,12 +407,11 @@ def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
     undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
 ) -> None:
     script = str(TESTS / "children" / "native_no_dropout.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     found = {}
     for name, micro_batches, launcher in (
         ("one", 1, [sys.executable]),
         ("micro", 2, [sys.executable]),
-        ("two", 2, torchrun),
+        ("two", 2, TORCHRUN),
     ):
         run = copy(undisturbed[0], tmp_path / name)
         keys = run.profile.model_dump()
@@ -426,15 +426,15 @@ def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_is_the_same_model(undisturbed: tuple[Run, dict[int, Any]], tmp_path: Path) -> None:
-    """In one graph, without a break: that is what CUDA graphs need, which no CPU can test."""
+    """In one graph, without a break, and in two processes: that is what CUDA graphs need, which no CPU can test."""
     found = []
-    for compiled in (False, True):
+    for compiled, launcher in ((False, [sys.executable]), (True, TORCHRUN)):
         run = copy(undisturbed[0], tmp_path / str(compiled))
         keys = run.profile.model_dump()
         keys["train"] |= {"compile": compiled, "steps": 3}
         (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
         script = str(TESTS / "children" / "native_no_dropout.py")
-        found.append(finish(run, sys.executable, script, str(run.directory.path)))
+        found.append(finish(run, *launcher, script, str(run.directory.path)))
     for step, losses in found[0].items():
         assert found[1][step] == pytest.approx(losses, rel=1e-5)
 

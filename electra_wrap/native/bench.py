@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from electra_wrap import process, stages, vocab
-from electra_wrap.errors import ElectraWrapError, UsageError
+from electra_wrap.errors import EnvironmentLacks, StageFailed, UsageError
 from electra_wrap.profile import Profile
 from electra_wrap.progress import say
 from electra_wrap.rundir import RunDir, write_text
@@ -29,6 +29,8 @@ def bench(profile: Profile, engines: Sequence[str], steps: int, vocab_size: int 
     (`Profile.flops_per_step`), and what share they are of a large matrix product's on the same device.
     """
     size = vocab_size or _vocab_size(profile)
+    if steps < WINDOWS or size < 2 * len(vocab.SPECIAL_TOKENS):
+        raise UsageError(f"--steps {steps}, a vocabulary of {size}: too few to time; give at least {WINDOWS} and 10")
     found = []
     with tempfile.TemporaryDirectory(prefix="electra_wrap-bench-") as name:
         directory = Path(name)
@@ -36,16 +38,20 @@ def bench(profile: Profile, engines: Sequence[str], steps: int, vocab_size: int 
         for engine in engines:
             keys = profile.model_dump()
             keys["engine"] = engine
+            if engine == "upstream":  # which has none of these
+                keys["train"] |= {
+                    "micro_batches": 1,
+                    "precision": keys["train"]["precision"].replace("bfloat16", "auto"),
+                }
             keys["corpus"] |= {"source": str(directory / "text.txt"), "max_lines": None, "held_out": 0.0}
             keys["corpus"] |= {"blank_lines_separate_documents": False}
             keys["tokenizer"] |= {"source": str(directory / "vocab.txt"), "sha256": None, "vocab_size": None}
-            every = max(1, steps // WINDOWS)
-            keys["train"] |= {"steps": steps, "warmup_steps": 0, "log_every": every, "save_every": steps}
+            keys["train"] |= {"steps": steps, "warmup_steps": 0, "log_every": steps // WINDOWS, "save_every": steps}
             run = stages.Run(Profile.model_validate(keys), RunDir(directory / engine))
             try:
                 found.append(_measure(run))
-            except ElectraWrapError as error:
-                if len(engines) == 1:
+            except (EnvironmentLacks, StageFailed) as error:
+                if engine == engines[-1] and not found:
                     raise
                 say(f"bench: {engine}: {error}")
     return found
@@ -73,8 +79,6 @@ def _measure(run: stages.Run) -> dict[str, Any]:
     times: list[tuple[int, float]] = []
     run.engine.train(run, gpus, lambda step, loss: times.append((step, time.perf_counter())))
     used = times[len(times) // 3 :]
-    if len(used) < 2:
-        raise UsageError(f"{keys.steps} steps are too few to time; give --steps {WINDOWS} or more")
     speed = statistics.median(
         (step - before) / (now - then) for (before, then), (step, now) in itertools.pairwise(used)
     )

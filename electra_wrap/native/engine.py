@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import corpus, process, vocab
-from electra_wrap.errors import StageFailed
+from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import Meter
@@ -52,21 +52,31 @@ def build(run: Run, text: Path, out: Path) -> int:
     """Write the store of the examples of the shards in `text`, or of upstream's records there; return their number."""
     words = len(vocab.read(run.vocabulary))
     if all(path.match(corpus.RECORDS) for path in text.iterdir()):
-        job = {"directory": str(text), "length": run.profile.model.max_seq_length, "vocab_size": words, "out": str(out)}
-        return int(process.call("electra_wrap.native.records", job, log=run.log(DATA)))
+        return records(run, text, out)
     size = sum(path.stat().st_size for path in text.iterdir())
     with Meter(f"examples of {text.name}", size // 1000, "kB") as meter:
         found = examples.build(text, run.vocabulary, run.profile, lambda done: meter.update(done // 1000))
         return examples.write(out, found, words)
 
 
+def records(run: Run, directory: Path, out: Path | None) -> int:
+    """Read upstream's records, into a store if `out` is given; return their number. UsageError if they do not fit."""
+    size, length = len(vocab.read(run.vocabulary)), run.profile.model.max_seq_length
+    job = {"directory": str(directory), "length": length, "vocab_size": size, "out": out and str(out)}
+    return int(process.call("electra_wrap.native.records", job, log=run.log(DATA)))
+
+
 def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> None:
     """Train until the profile's last step, with a process for each GPU or as `run.launch` says."""
     launcher = [sys.executable, "-s"]
     if run.launch:
-        launcher = shlex.split(run.launch)
+        try:
+            launcher = shlex.split(run.launch)
+        except ValueError as error:
+            raise UsageError(f"--launch {run.launch}: {error}; quote it as a shell does") from None
     elif len(gpus) > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}"]
+        patience = f"--shutdown-timeout={process.GRACE}"  # torchrun's own is 30 s, which a checkpoint may take
+        launcher += ["-m", "torch.distributed.run", "--standalone", patience, f"--nproc-per-node={len(gpus)}"]
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
     errors: list[dict[str, str]] = []
 
@@ -80,8 +90,8 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
     try:
         process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
     except StageFailed:
-        for error in errors:
-            process.hear(error)
+        for said in errors:
+            process.hear(said)
         raise
 
 

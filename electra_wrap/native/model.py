@@ -151,7 +151,11 @@ class _MaskedLM(torch.autograd.Function):
             powers = logits.sub_(top).exp_()
             total, sampled[part] = _total_and_sample(powers, draws[part, None])
             loss += (weight * (total.log() + top - of_label)).sum()
-            gradient = powers.mul_(weight / total).scatter_add_(1, label, -weight)
+            if torch.compiler.is_compiling():  # one pass; a scatter would write the whole matrix in float32 first
+                of_words = torch.arange(len(words), device=words.device) == label
+                gradient = powers * (weight / total) - torch.where(of_words, weight, 0.0)
+            else:
+                gradient = powers.mul_(weight / total).scatter_add_(1, label, -weight)
             d_bias += gradient.sum(0)
             gradient = gradient.to(compute)
             d_hidden[part] = gradient @ table
@@ -181,7 +185,8 @@ def _total_and_sample(powers: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     within = powers.gather(1, columns.clamp(max=powers.shape[1] - 1)) * (columns < powers.shape[1])
     within = within.cumsum(1)
     place, _ = _place(within, rest)
-    return total, (block * BLOCK + place).squeeze(1)
+    # Only NaN leads beyond the last column; the loss will say so, where an index would only fail.
+    return total, (block * BLOCK + place).clamp(max=powers.shape[1] - 1).squeeze(1)
 
 
 def _place(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,20 +33,22 @@ def read(directory: Path, jobs: int, length: int, vocab_size: int) -> Iterator[e
                 names = ("input_ids", "input_mask", "segment_ids")
                 ids, mask, segments = (features[name].int64_list.value for name in names)
                 if len(ids) != length or max(ids) >= vocab_size:
+                    largest = max(ids, default=-1)
                     raise UsageError(
-                        f"{directory} has examples of {len(ids)} tokens up to id {max(ids)}, the profile says "
+                        f"{directory} has examples of {len(ids)} tokens up to id {largest}, the profile says "
                         f"{length} tokens and the vocabulary has {vocab_size}; correct the profile"
                     )
                 size = sum(mask)
                 yield examples.Example(ids[:size], size - sum(segments))
 
 
-def convert(directory: str, length: int, vocab_size: int, out: str, jobs: int = 1) -> int:
-    """Write the store `out` from the records in `directory`; return the number of examples."""
+def convert(directory: str, length: int, vocab_size: int, out: str | None, jobs: int = 1) -> int:
+    """Read the records in `directory`, into the store `out` if that is given; return the number of examples."""
     import tensorflow as tf
 
     try:
-        return examples.write(Path(out), read(Path(directory), jobs, length, vocab_size), vocab_size)
+        found = read(Path(directory), jobs, length, vocab_size)
+        return examples.write(Path(out), found, vocab_size) if out else sum(1 for _ in found)
     except tf.errors.OpError as error:
         raise UsageError(f"{directory}: not whole records ({error.message}); build them again") from None
 

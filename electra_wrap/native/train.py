@@ -19,9 +19,10 @@ from typing import Any
 # TensorBoard's writer imports TensorFlow if it is there, unless this module is; the two abort in one process.
 sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import TorchDynamoPlugin, set_seed  # noqa: E402
+from accelerate.utils import DistributedDataParallelKwargs, set_seed  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from electra_wrap import process, vocab  # noqa: E402
@@ -55,30 +56,26 @@ def train(directory: Path) -> bool:
     set_seed(keys.seed)
     network = model.Electra({name: profile.hf_config(name, len(tokens)) for name in NETWORKS})
     set_seed(keys.seed, device_specific=True)  # dropout differs between processes
+    _compile(network, profile, accelerator)
     prepared, adam = accelerator.prepare(network, model.optimizer(network, keys.weight_decay))
-    start = max(checkpoints.steps(model_dir), default=0)
-    if start:
-        checkpoint = checkpoints.path(model_dir, start)
-        if exchange.is_exchanged(checkpoint):
-            exchange.load(checkpoint, network, adam.optimizer)
-        else:
-            accelerator.load_state(str(checkpoint))
+    start = _restore(accelerator, network, adam, model_dir)
     # What an interrupted run logged after its last checkpoint is logged again.
     accelerator.init_trackers(model_dir.name, init_kwargs={"tensorboard": {"purge_step": start + 1}})
     batches = _batches(profile, directory, tokens, accelerator, start)
     prepared.train()
+    parameters = list(network.parameters())
     for step in range(start + 1, keys.steps + 1):
         for group in adam.param_groups:
             group["lr"] = model.learning_rate(step - 1, keys.learning_rate, keys.steps, keys.warmup_steps)
         parts = []
         for _ in range(keys.micro_batches):
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
+            batch = _to(accelerator.device, next(batches))
             with accelerator.accumulate(prepared):
                 losses = prepared(batch)
                 # Losses are sums over this part; the mean that DDP and accelerate take of the parts is not wanted.
                 accelerator.backward(losses["loss"] * share)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(network.parameters(), 1.0)
+                    accelerator.clip_grad_norm_(parameters, 1.0)
                 adam.step()
                 adam.zero_grad()
             if step % keys.log_every == 0:
@@ -104,19 +101,37 @@ def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
     precision = engine.precision(keys.precision, ["cuda"] if gpu else [])
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    plugin = TorchDynamoPlugin(backend="no")
-    if keys.compile is True or (keys.compile == "auto" and gpu):
-        # CUDA graphs: a small model's kernels take less time than launching them one by one.
-        mode = "reduce-overhead" if gpu else "default"
-        plugin = TorchDynamoPlugin(backend="inductor", mode=mode, fullgraph=True, dynamic=False)
     return Accelerator(
         cpu=not gpu,
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         gradient_accumulation_steps=keys.micro_batches,
-        dynamo_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
         log_with="tensorboard",
         project_dir=str(model_dir.parent),
     )
+
+
+def _compile(network: model.Electra, profile: Profile, accelerator: Accelerator) -> None:
+    """Compile the network in one graph if the profile wants it: the network, not what DDP wraps it in."""
+    keys, gpu = profile.train, accelerator.device.type == "cuda"
+    compiler = any(map(shutil.which, ("gcc", "clang", "cc")))  # which Triton needs on a GPU's machine, too
+    if keys.compile is True or (keys.compile == "auto" and gpu and compiler):
+        # CUDA graphs: a small model's kernels take less time than launching them one by one. Gradients that are
+        # summed over micro-batches may not live in a graph's memory.
+        graphs = gpu and keys.micro_batches == 1
+        network.compile(mode="reduce-overhead" if graphs else "default", fullgraph=True, dynamic=False)
+
+
+def _restore(accelerator: Accelerator, network: model.Electra, adam: Any, model_dir: Path) -> int:
+    """Load the latest checkpoint, if there is one; return its step."""
+    start = max(checkpoints.steps(model_dir), default=0)
+    checkpoint = checkpoints.path(model_dir, start)
+    if start and exchange.is_exchanged(checkpoint):
+        exchange.load(checkpoint, network, adam.optimizer)
+    elif start:
+        accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # its count of micro-batches, of which there may have been more or fewer
+    return start
 
 
 def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, start: int) -> Any:
@@ -132,11 +147,28 @@ def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: 
         processes=accelerator.num_processes,
         process=accelerator.process_index,
     )
-    gpu = accelerator.device.type == "cuda"
     numbers = range(start * keys.micro_batches, keys.steps * keys.micro_batches)
-    more = {"num_workers": WORKERS, "prefetch_factor": 8} if gpu else {}
-    own = torch.Generator()  # a loader takes a number of the global one, which dropout needs undisturbed
-    return iter(DataLoader(batches, None, sampler=numbers, pin_memory=gpu, generator=own, **more))
+    gpu = accelerator.device.type == "cuda"
+    more = {"num_workers": WORKERS, "prefetch_factor": 8, "worker_init_fn": _ignore_signals} if gpu else {}
+    # Arrays, because a tensor costs a file descriptor on its way from a worker. And a generator of the loader's own,
+    # because it takes a number of the global one, which dropout needs undisturbed.
+    return iter(
+        DataLoader(batches, None, sampler=numbers, collate_fn=lambda batch: batch, generator=torch.Generator(), **more)
+    )
+
+
+def _to(device: torch.device, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Put a batch on the device, without waiting for it."""
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    if device.type == "cuda":
+        tensors = {name: value.pin_memory() for name, value in tensors.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal is for the trainer, whose last batches still come from here."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor], adam: Any) -> None:
@@ -153,7 +185,10 @@ def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor]
 
 def _check(step: int, loss: float) -> None:
     if not math.isfinite(loss):
-        raise StageFailed(f"the loss at step {step} is {loss}; lower train.learning_rate or warm up longer")
+        raise StageFailed(
+            f"the loss at step {step} is {loss}; train anew, with --set model_name=NAME, and with a lower "
+            "train.learning_rate or a longer warm-up"
+        )
 
 
 class _Stop:
@@ -170,7 +205,7 @@ class _Stop:
     def asked(self, accelerator: Accelerator, step: int) -> bool:
         """Return whether to stop after this step: at once, but several processes ask each other every tenth step only.
 
-        (Asking makes a GPU wait; torchrun gives its processes 30 s to end.)
+        (Asking makes a GPU wait.)
         """
         if accelerator.num_processes == 1:
             return self._received
@@ -186,7 +221,8 @@ def _save(accelerator: Accelerator, model_dir: Path, step: int, keep: int) -> No
     path = checkpoints.path(model_dir, step)
     partial = path.with_name(f"{path.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for cut_short in model_dir.glob("step-*.partial"):
+            shutil.rmtree(cut_short)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import corpus, process, vocab
+from electra_wrap.errors import UsageError
+from electra_wrap.native import engine as native
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import Meter
 from electra_wrap.rundir import finish, write_json, write_text
@@ -67,7 +69,7 @@ def build(run: Run, text: Path, out: Path) -> int:
     parts = list(text.iterdir())
     if all(path.match(corpus.RECORDS) for path in parts):
         shutil.copytree(text, out)
-        return sum(count(path) for path in parts)
+        return native.records(run, text, None)
     keys = run.profile.tokenizer
     arguments = [
         f"--corpus-dir={text}",
@@ -115,6 +117,8 @@ def train(
         if match := _STEP.match(line):
             on_step(int(match[1]), float(match[3]))
 
+    if run.launch:
+        raise UsageError('--launch is for engine = "native"; the scripts know one process')
     keys, path = run.profile.train, run.directory / "hparams.json"
     write_json(path, hparams or run.hparams())
     xla = keys.compile is True
