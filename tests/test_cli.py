@@ -113,6 +113,8 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
         (["show", "--profile", "spanish-demo", "--what", "hparams"], 3, "run --until vocab"),
         (["detect", "--model", "nowhere", "x"], 2, "has no discriminator"),
         (["tensorboard"], 2, "has not trained yet"),
+        (["bench", "--steps", "1"], 2, "too few to time"),
+        (["bench", "--profile", "spanish-small"], 2, "--vocab-size N"),
         (["convert", "x", "--out", "y", "--strip-accents"], 2, "--lowercase"),
     ],
 )
@@ -142,6 +144,18 @@ def test_show_prints_json(cli: Cli) -> None:
         done = cli("show", "--what", what)
         assert isinstance(json.loads(done.stdout), dict) and done.stderr == ""
     assert json.loads(cli("show", "--set", "train.steps=77").stdout)["train"]["steps"] == 77
+
+
+def test_bench_measures(cli: Cli) -> None:
+    keys = ("model.hidden_size=64", "model.num_hidden_layers=1", "train.batch_size=4", "train.device=cpu")
+    overrides = [part for key in keys for part in ("--set", key)]
+    done = cli("bench", "--engine", "native", "--steps", "24", "--vocab-size", "600", "--json", *overrides)
+    (measured,) = json.loads(done.stdout)
+    assert measured["engine"] == "native" and measured["precision"] == "float32" and measured["vocab_size"] == 600
+    assert measured["sequences_per_second"] == pytest.approx(4 * measured["steps_per_second"])
+    assert measured["tokens_per_second"] == pytest.approx(4 * 64 * measured["steps_per_second"])
+    assert 0 < measured["share_of_peak"] < 1
+    assert "steps/s" in cli("bench", "--engine", "native", "--steps", "12", "--vocab-size", "600", *overrides).stdout
 
 
 def test_profiles_lists_names_and_descriptions(cli: Cli) -> None:

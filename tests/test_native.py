@@ -19,7 +19,7 @@ from conftest import SPANISH, TESTS, child, tiny
 from safetensors.numpy import load_file
 
 from electra_wrap import process, stages, vocab, weights
-from electra_wrap.errors import UsageError
+from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.native import engine as native_engine
 from electra_wrap.native.batches import Batches, Masking
@@ -406,22 +406,42 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
     undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
 ) -> None:
+    """Also half way: from one process and one micro-batch to two of each."""
     script = str(TESTS / "children" / "native_no_dropout.py")
-    found = {}
-    for name, micro_batches, launcher in (
-        ("one", 1, [sys.executable]),
-        ("micro", 2, [sys.executable]),
-        ("two", 2, TORCHRUN),
-    ):
+    one = [sys.executable]
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for name, micro_batches, launcher in (("one", 1, one), ("micro", 2, one), ("two", 2, TORCHRUN)):
         run = copy(undisturbed[0], tmp_path / name)
+        if name == "two":  # goes on where "one" was after an odd number of steps
+            shutil.copytree(
+                checkpoints.path(tmp_path / "one" / "models" / run.profile.model_name, 3), run.model_dir / "step-3"
+            )
         keys = run.profile.model_dump()
-        keys["train"]["micro_batches"] = micro_batches
+        keys["train"] |= {"micro_batches": micro_batches, "save_every": 3}
         (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
         found[name] = finish(run, *launcher, script, str(run.directory.path))
+    assert len(found["micro"]) == 12 and len(found["two"]) == 9
     for name in ("micro", "two"):
-        for step, losses in found["one"].items():
-            assert found[name][step] == pytest.approx(losses, rel=2e-6), (name, step)
+        for step, losses in found[name].items():
+            assert losses == pytest.approx(found["one"][step], rel=2e-6), (name, step)
     assert found["one"] != undisturbed[1], "dropout was on there"
+
+
+def test_a_loss_that_is_not_finite_is_said_in_one_line(corpus_text: Path, tmp_path: Path) -> None:
+    run = native(corpus_text, tmp_path / "run", "train.learning_rate=1e30", *TWELVE[1:])
+    with pytest.raises(StageFailed, match=r"^the loss at step 3 is nan; train anew"):
+        stages.execute(run, "train")
+    assert checkpoints.steps(run.model_dir) == []
+
+
+def test_a_batch_that_cannot_be_divided_is_said_in_one_line(undisturbed: tuple[Run, Any], tmp_path: Path) -> None:
+    run = copy(undisturbed[0], tmp_path / "run")
+    run.launch = " ".join([*TORCHRUN[:-1], "--nproc-per-node=3"])
+    with pytest.raises(UsageError, match=r"^train.batch_size = 8 is not divisible by 3 processes"):
+        native_engine.train(run, [], lambda step, loss: None)
+    run.launch = 'torchrun "'
+    with pytest.raises(UsageError, match="--launch"):
+        native_engine.train(run, [], lambda step, loss: None)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

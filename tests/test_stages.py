@@ -203,6 +203,18 @@ def test_scripts_get_a_clean_environment(make_run: MakeRun, monkeypatch: pytest.
     assert b"secret" not in everything
 
 
+def test_records_are_of_one_directory(make_run: MakeRun, tmp_path: Path) -> None:
+    """Two of them have the same names, and text beside them would be read as records."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pretrain_data.tfrecord-0-of-1").write_bytes(b"x")
+    for sources in (["a", "b"], ["a", "text.txt"]):
+        run = make_run("corpus.source=" + json.dumps([str(tmp_path / source) for source in sources]))
+        with pytest.raises(UsageError, match="give one directory"):
+            stages.execute(run, "corpus")
+    assert not (run.directory / "corpus").exists()
+
+
 def test_the_plan_is_told_and_a_dry_run_touches_nothing(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run()
     stages.execute(run, "check", dry_run=True)
