@@ -444,6 +444,7 @@ def test_a_batch_that_cannot_be_divided_is_said_in_one_line(undisturbed: tuple[R
         native_engine.train(run, [], lambda step, loss: None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_is_the_same_model(undisturbed: tuple[Run, dict[int, Any]], tmp_path: Path) -> None:
     """In one graph, without a break, and in two processes: that is what CUDA graphs need, which no CPU can test."""

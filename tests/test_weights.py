@@ -137,7 +137,10 @@ def mutations(values: dict[str, Any]) -> list[tuple[str, dict[str, str | None]]]
     return found
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(sizes, id=name, marks=() if name == "small" else pytest.mark.slow) for name, sizes in SIZES.items()],
+)
 def test_the_networks_equal_the_oracle_and_no_row_can_be_wrong(tmp_path: Path, sizes: dict[str, Any]) -> None:
     values = variables(**sizes)
     checkpoints({tmp_path / "c": values})
@@ -157,6 +160,7 @@ def test_the_networks_equal_the_oracle_and_no_row_can_be_wrong(tmp_path: Path, s
     assert not unseen, f"{len(unseen)} of {len(tried)} wrong mappings would go unseen: {unseen[:5]}"
 
 
+@pytest.mark.slow
 def test_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     values = {tmp_path / name: variables(**sizes) for name, sizes in SIZES.items()}
     checkpoints(values)
