@@ -313,7 +313,7 @@ def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: P
     ]
     keys = ("tokenizer.vocab_size=300", "model.hidden_size=64", "model.max_seq_length=32", "train.warmup_steps=1")
     keys += ("train.batch_size=4", "train.log_every=1", "train.device=cpu", "corpus.held_out=0.2")
-    keys += ("train.steps=100000", "model_name=long")
+    keys += ("train.steps=100000", "model_name=long", "engine=upstream")
     for key in keys:
         command += ["--set", key]
     environment = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)}
