@@ -50,12 +50,15 @@ START, STEPS = 3, 20
 
 
 @pytest.fixture(scope="module")
-def continued(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def continued(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with data, and a model at step 3 with weights and slots of its own: upstream's, and handed over."""
     directory = tmp_path_factory.mktemp("continued")
-    tokens = make_vocabulary(directory / "vocab.txt", *SPANISH, "0123456789. ")
+    tokens = make_vocabulary(directory / "vocab.txt", *SPANISH)
+    words = " ".join(SPANISH).split()
+    documents = (" ".join(words[i % 50 : i % 50 + 1 + i % 9]) for i in range(400))  # many shorter than an example
+    (directory / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
     run = native(
-        corpus_text,
+        directory / "text.txt",
         directory / "run",
         f"tokenizer.source={directory / 'vocab.txt'}",
         f"model.embedding_size={SHAPE['embedding']}",
@@ -143,7 +146,7 @@ def summary(run: Run, steps: Path, losses: np.ndarray, gradients: dict[str, np.n
     for network, row in rows(run):
         name = f"{network}.{row.pytorch}"
         files = [load_file(end / network / f"{file}.safetensors")[row.pytorch] for file in ("model", *weights.SLOTS)]
-        norms[name] = [float(np.linalg.norm(value)) for value in (gradients[name], *files)]
+        norms[name] = [float(np.linalg.norm(value)) for value in (gradients[name], *files, *(f[:1] for f in files))]
     return {"samples": np.load(steps)["sampled"].tolist(), "losses": losses.tolist(), "norms": norms}
 
 
@@ -160,7 +163,9 @@ def test_twenty_steps_are_those_of_upstreams_graph(upstream: Path, continued: Ru
     found = steps_of_both_engines(continued, upstream, tmp_path)
     assert max(found.values()) < 3e-5, found
     positions = np.load(tmp_path / "steps.npz")["positions"].reshape(-1, 4)
-    assert any(len(set(row[row > 0])) < (row > 0).sum() for row in positions), "some positions were chosen twice"
+    assert any(len(set(row[row > 0])) < (row > 0).sum() for row in positions), "some positions are chosen twice"
+    assert (positions == 0).any(), "some examples have fewer"
+    assert (np.load(tmp_path / "steps.npz")["sampled"] == 0).any(), "[PAD] is proposed"
     losses, theirs = np.load(tmp_path / "theirs" / "losses.npz")["losses"], np.load(tmp_path / "theirs/gradients.npz")
     gradients = {f"{network}.{row.pytorch}": theirs[row.tensorflow] for network, row in rows(continued)}
     recorded = summary(continued, tmp_path / "steps.npz", losses, gradients, tmp_path / "theirs" / "end")
@@ -337,8 +342,8 @@ def test_the_fused_softmax_is_the_plain_one(parts: Any) -> None:
 def test_samples_have_the_generators_distribution(parts: Any) -> None:
     """With evenly spread draws each word comes as often as its probability says, give or take one."""
     times, expected = np.array(parts["times"]), np.array(parts["expected"])
-    assert np.abs(times - expected).max() <= 1.1 and times[7] == 0
-    assert parts["ends"][0] == parts["ends"][1] == 0 and 1290 < parts["ends"][3] < 1300
+    assert np.abs(times - expected).max() <= 1.1 and not times[[0, 7, -1]].any()
+    assert parts["ends"][0] == parts["ends"][1] == 1 and parts["ends"][3] == 1298, "never one that has no chance"
 
 
 def command(run: Run) -> list[str]:
@@ -423,7 +428,7 @@ def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
     assert len(found["micro"]) == 12 and len(found["two"]) == 9
     for name in ("micro", "two"):
         for step, losses in found[name].items():
-            assert losses == pytest.approx(found["one"][step], rel=2e-6), (name, step)
+            assert losses == pytest.approx(found["one"][step], rel=1e-5), (name, step)
     assert found["one"] != undisturbed[1], "dropout was on there"
 
 

@@ -81,11 +81,12 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
     errors: list[dict[str, str]] = []
 
     def read(line: str) -> None:
-        if line.startswith('{"step"'):
-            said = json.loads(line)
-            on_step(said["step"], said["loss"])
-        elif line.startswith('{"error"'):
-            errors.append(json.loads(line))
+        if line.startswith(('{"step"', '{"error"')):
+            said, _ = json.JSONDecoder().raw_decode(line)  # another process may have ended the line
+            if "error" in said:
+                errors.append(said)
+            else:
+                on_step(said["step"], said["loss"])
 
     try:
         process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)

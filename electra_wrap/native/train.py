@@ -75,13 +75,15 @@ def train(directory: Path) -> bool:
                 # Losses are sums over this part; the mean that DDP and accelerate take of the parts is not wanted.
                 accelerator.backward(losses["loss"] * share)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, 1.0)
+                    norm = accelerator.clip_grad_norm_(parameters, 1.0)
                 adam.step()
                 adam.zero_grad()
             if step % keys.log_every == 0:
                 parts.append(torch.stack([value.detach() for value in losses.values()]))
         if parts:
-            _report(accelerator, step, dict(zip(losses, torch.stack(parts).sum(0), strict=True)), adam)
+            summed = accelerator.reduce(torch.stack(parts).sum(0), "sum").tolist()
+            values = {**dict(zip(losses, summed, strict=True)), "gradient_norm": norm.item()}
+            _report(accelerator, step, values, adam.param_groups[0]["lr"])
         stopped = stop.asked(accelerator, step)
         if step % keys.save_every == 0 or step == keys.steps or stopped:
             _check(step, losses["loss"].item())
@@ -171,16 +173,14 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _report(accelerator: Accelerator, step: int, losses: dict[str, torch.Tensor], adam: Any) -> None:
-    """Print and log the losses, summed over the processes. StageFailed if they are not finite."""
-    values = torch.stack(list(losses.values()))
-    summed = dict(zip(losses, accelerator.reduce(values, "sum").tolist(), strict=True))
+def _report(accelerator: Accelerator, step: int, values: dict[str, float], rate: float) -> None:
+    """Print and log what a step gave. StageFailed if the loss is not finite."""
     if accelerator.is_main_process:
-        print(json.dumps({"step": step, **summed}), flush=True)
-    _check(step, summed["loss"])
-    names = {"loss": "loss", "generator": "loss/generator", "discriminator": "loss/discriminator"}
-    scalars = {names[name]: value for name, value in summed.items()}
-    accelerator.log({**scalars, "learning_rate": adam.param_groups[0]["lr"]}, step=step)
+        print(json.dumps({"step": step, **values}), flush=True)
+    _check(step, values["loss"])
+    names = {"generator": "loss/generator", "discriminator": "loss/discriminator"}
+    scalars = {names.get(name, name): value for name, value in values.items()}
+    accelerator.log({**scalars, "learning_rate": rate}, step=step)
 
 
 def _check(step: int, loss: float) -> None:
