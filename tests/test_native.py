@@ -364,7 +364,10 @@ def lines(text: str) -> dict[int, dict[str, float]]:
 def finish(run: Run, *argv: str) -> dict[int, dict[str, float]]:
     """Train to the end; return the losses of each step."""
     trainer = start(run, *argv)
-    text, _ = trainer.communicate()
+    try:
+        text, _ = trainer.communicate(timeout=300)
+    finally:
+        trainer.kill()  # processes that wait for each other would do so for ever
     assert trainer.returncode == 0, text
     return lines(text)
 
