@@ -468,6 +468,16 @@ def test_a_compiled_model_is_the_same_model(undisturbed: tuple[Run, dict[int, An
         assert found[1][step] == pytest.approx(losses, rel=1e-5)
 
 
+def test_a_store_gives_back_what_was_written(undisturbed: tuple[Run, Any]) -> None:
+    run = undisturbed[0]
+    built = list(examples.build(run.directory / "corpus", run.vocabulary, run.profile, lambda done: None))
+    store = examples.Store(run.directory / "examples")
+    ids, firsts = store.read(np.arange(len(store)), 32)
+    padded = [[*example.ids, *[0] * (32 - len(example.ids))] for example in built]
+    assert ids.tolist() == padded and firsts.tolist() == [example.first for example in built]
+    assert store.sizes(np.arange(len(store))).tolist() == [len(example.ids) for example in built]
+
+
 def test_every_example_comes_once_an_epoch_whatever_the_division(undisturbed: tuple[Run, Any]) -> None:
     store = examples.Store(undisturbed[0].directory / "examples")
     masking = Masking(0.15, 4, (2, 3))
