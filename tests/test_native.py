@@ -411,6 +411,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
     undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
 ) -> None:
