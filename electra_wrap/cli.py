@@ -17,7 +17,6 @@ from electra_wrap import __version__, profile
 from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError, from_os
 
 DEFAULT_PROFILE = "spanish-tiny"
-ENGINES = ("native", "upstream")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,7 +125,7 @@ def bench(arguments: argparse.Namespace) -> None:
     from electra_wrap.native import bench as native_bench
 
     loaded = profile.Profile.load(arguments.profile, arguments.set)
-    results = native_bench.bench(loaded, arguments.engine or ENGINES, arguments.steps, arguments.vocab_size)
+    results = native_bench.bench(loaded, arguments.engine or profile.ENGINES, arguments.steps, arguments.vocab_size)
     if arguments.json:
         return _print_json(results)
     table = Table("engine", "device", "precision", "steps/s", "sequences/s", "tokens/s", "TFLOP/s", "of peak", box=None)
@@ -239,7 +238,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str, Sequence[Any]], ...] = (
         "measure how fast a profile trains here, with either engine",
         (
             *_PROFILE,
-            _argument("--engine", action="append", choices=ENGINES, help="only this one (default: both)"),
+            _argument("--engine", action="append", choices=profile.ENGINES, help="only this one (default: both)"),
             _argument("--steps", type=int, default=120, metavar="N", help="steps to train (default: 120)"),
             _argument("--vocab-size", type=int, metavar="N", help="words (default: those of the profile's vocabulary)"),
             _JSON,

@@ -12,12 +12,15 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from electra_wrap import paths
 from electra_wrap.errors import UsageError
+
+Engine = Literal["native", "upstream"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 Network = Literal["discriminator", "generator"]
 NETWORKS: tuple[Network, Network] = ("discriminator", "generator")
@@ -172,7 +175,7 @@ class Profile(_Section):
     description: str
     language: Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$")]
     model_name: FileName
-    engine: Literal["upstream", "native"] = "upstream"
+    engine: Engine = "upstream"
     corpus: Corpus
     tokenizer: Tokenizer
     model: Model = Field(default_factory=Model)
@@ -180,8 +183,7 @@ class Profile(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Profile:
-        for key, value in (("micro_batches", 1), ("precision", ("auto", "float32", "tf32"))):
-            allowed = value if isinstance(value, tuple) else (value,)
+        for key, allowed in (("micro_batches", (1,)), ("precision", ("auto", "float32", "tf32"))):
             _require(
                 self.engine == "native" or getattr(self.train, key) in allowed,
                 f"train.{key}",

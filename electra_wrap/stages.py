@@ -21,7 +21,7 @@ import numpy as np
 
 from electra_wrap import check, corpus, process, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
-from electra_wrap.profile import NETWORKS, Network, Profile
+from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
 from electra_wrap.rundir import RunDir, partial, write_json, write_text
 
@@ -85,9 +85,6 @@ class Run:
     def recorded(self, stage: str) -> dict[str, Any]:
         """The manifest's entry of a stage; empty if it never ran."""
         return dict(self.directory.manifest["stages"].get(self.key(stage), {}))
-
-
-ENGINES = ("upstream", "native")
 
 
 def engine(name: str) -> Any:
@@ -475,7 +472,7 @@ def _refuse_other_model(run: Run, first: tuple[Stage, str]) -> None:
 
 def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
     """Do what has to be done up to the stage `until`; say what and why."""
-    began = time.monotonic()
+    began, wanted = time.monotonic(), _until(run, until)
     if dry_run:
         for stage, why in plan(run, until):
             say(f"would do: {stage.name} ({why})")
@@ -492,12 +489,12 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
         (run.directory / "logs").mkdir(exist_ok=True)
         write_json(run.directory / "profile.json", run.profile.model_dump())
         done = 0
-        for stage in _until(run, until):
+        for stage in wanted:
             if reason(run, stage) is not None:
                 _do(run, stage)
                 done += 1
         run.directory.save()
-    what = f"{done} of {len(_until(run, until))} stages done" if done else "nothing to do: everything is up to date"
+    what = f"{done} of {len(wanted)} stages done" if done else "nothing to do: everything is up to date"
     say(f"{what}, {duration(time.monotonic() - began)}")
 
 

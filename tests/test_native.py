@@ -29,10 +29,10 @@ from electra_wrap.stages import Run
 from electra_wrap.upstream import engine as upstream_engine
 
 
-def native(corpus: Path, directory: Path, *overrides: str, until: str = "examples", **keys: Any) -> Run:
-    """A run of the native engine, done up to a stage."""
+def native(corpus: Path, directory: Path, *overrides: str, **keys: Any) -> Run:
+    """A run of the native engine whose examples are there."""
     run = Run(tiny(corpus, 'engine="native"', *overrides, **keys), RunDir(directory))
-    stages.execute(run, until)
+    stages.execute(run, "examples")
     return run
 
 
@@ -44,7 +44,7 @@ def make_vocabulary(path: Path, *texts: str) -> list[str]:
     return tokens
 
 
-#: A shape with projections in both networks; an odd number of words, and more than one block of them would not do more.
+#: A shape with projections in both networks.
 SHAPE = {"hidden": 64, "generator_hidden": 32, "embedding": 24}
 START, STEPS = 3, 20
 

@@ -45,7 +45,8 @@ def run_script(run: Run, model_name: str, hparams: dict[str, Any], losses: list[
     """Run run_pretraining.py on a run's data, as another model, with hparams of one's own."""
     collect = (losses if losses is not None else []).append
     other = Run(run.profile.model_copy(update={"model_name": model_name}), run.directory)
-    engine.train(other, [], lambda step, loss: collect(loss), hparams)
+    other.hparams = lambda: hparams
+    engine.train(other, [], lambda step, loss: collect(loss))
 
 
 def losses(run: Run) -> list[float]:

@@ -83,13 +83,14 @@ def _measure(run: stages.Run) -> dict[str, Any]:
         (step - before) / (now - then) for (before, then), (step, now) in itertools.pairwise(used)
     )
     precision = run.engine.precision(keys.precision, gpus)
-    flops = speed * run.profile.flops_per_step(len(vocab.read(run.vocabulary)))
+    words = len(vocab.read(run.vocabulary))
+    flops = speed * run.profile.flops_per_step(words)
     peak = process.call("electra_wrap.native.devices", {"precision": precision}) * max(1, len(gpus))
     return {
         "engine": run.profile.engine,
         "device": " + ".join(gpus) or "cpu",
         "precision": precision,
-        "vocab_size": len(vocab.read(run.vocabulary)),
+        "vocab_size": words,
         "batch_size": keys.batch_size,
         "max_seq_length": run.profile.model.max_seq_length,
         "steps_per_second": speed,

@@ -31,15 +31,18 @@ def is_exchanged(checkpoint: Path) -> bool:
     return (checkpoint / "discriminator").is_dir()
 
 
-def load(checkpoint: Path, network: model.Electra, adam: torch.optim.Optimizer) -> None:
-    """Put an exchanged checkpoint's weights and slots into a model and its optimizer."""
+def load(checkpoint: Path, network: model.Electra, adam: torch.optim.Optimizer | None) -> None:
+    """Put an exchanged checkpoint's weights into a model, and its slots into the optimizer if that is given."""
     for name, parameters in _parameters(network):
-        values, *slots = (load_file(checkpoint / name / f"{file}.safetensors") for file in ("model", *weights.SLOTS))
+        values = load_file(checkpoint / name / "model.safetensors")
         with torch.no_grad():
             for key, parameter in parameters.items():
                 parameter.copy_(values[key])
-                for state, slot in zip(ADAM, slots, strict=True):
-                    adam.state[parameter][state].copy_(slot[key])
+        if adam is not None:
+            for slot, state in zip(weights.SLOTS, ADAM, strict=True):
+                values = load_file(checkpoint / name / f"{slot}.safetensors")
+                for key, parameter in parameters.items():
+                    adam.state[parameter][state].copy_(values[key])
 
 
 def save(out: Path, network: model.Electra, adam: torch.optim.Optimizer | None) -> None:
@@ -57,13 +60,14 @@ def save(out: Path, network: model.Electra, adam: torch.optim.Optimizer | None) 
 def export(checkpoint: str, configs: dict[Network, dict[str, Any]], out: str, slots: bool) -> None:
     """Write the exchange directory `out` from a native checkpoint of networks of these configurations."""
     network = model.Electra(configs)
-    adam = model.optimizer(network, 0.0)
+    adam = model.optimizer(network, 0.0) if slots else None
     if is_exchanged(Path(checkpoint)):
         load(Path(checkpoint), network, adam)
     else:
         load_model(network, Path(checkpoint) / "model.safetensors")
-        adam.load_state_dict(torch.load(Path(checkpoint) / "optimizer.bin", map_location="cpu", weights_only=True))
-    save(Path(out), network, adam if slots else None)
+        if adam is not None:
+            adam.load_state_dict(torch.load(Path(checkpoint) / "optimizer.bin", map_location="cpu", weights_only=True))
+    save(Path(out), network, adam)
 
 
 if __name__ == "__main__":

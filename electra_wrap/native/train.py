@@ -126,7 +126,7 @@ def _compile(network: model.Electra, profile: Profile, accelerator: Accelerator)
 
 def _restore(accelerator: Accelerator, network: model.Electra, adam: Any, model_dir: Path) -> int:
     """Load the latest checkpoint, if there is one; return its step."""
-    start = max(checkpoints.steps(model_dir), default=0)
+    start = engine.latest_step(model_dir) or 0
     checkpoint = checkpoints.path(model_dir, start)
     if start and exchange.is_exchanged(checkpoint):
         exchange.load(checkpoint, network, adam.optimizer)

@@ -68,8 +68,9 @@ def build(run: Run, text: Path, out: Path) -> int:
     """Build the records of the shards in `text` with one process for each; return the number of examples."""
     parts = list(text.iterdir())
     if all(path.match(corpus.RECORDS) for path in parts):
+        number = native.records(run, text, None)
         shutil.copytree(text, out)
-        return native.records(run, text, None)
+        return number
     keys = run.profile.tokenizer
     arguments = [
         f"--corpus-dir={text}",
@@ -105,13 +106,8 @@ def count(path: Path) -> int:
     return number
 
 
-def train(
-    run: Run, gpus: Sequence[str], on_step: Callable[[int, float], None], hparams: dict[str, Any] | None = None
-) -> None:
-    """Train until the profile's last step; `on_step` gets step and loss of each logged step.
-
-    `hparams` are the profile's unless given.
-    """
+def train(run: Run, gpus: Sequence[str], on_step: Callable[[int, float], None]) -> None:
+    """Train until the profile's last step; `on_step` gets step and loss of each logged step."""
 
     def read(line: str) -> None:
         if match := _STEP.match(line):
@@ -120,7 +116,7 @@ def train(
     if run.launch:
         raise UsageError('--launch is for engine = "native"; the scripts know one process')
     keys, path = run.profile.train, run.directory / "hparams.json"
-    write_json(path, hparams or run.hparams())
+    write_json(path, run.hparams())
     xla = keys.compile is True
     environment = {
         # What the scripts have no argument for: estimator.py reads it.
