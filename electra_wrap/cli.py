@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,12 @@ class _Parser(argparse.ArgumentParser):
 def run(arguments: argparse.Namespace) -> None:
     from electra_wrap import stages
 
-    stages.execute(_run(arguments), arguments.until, arguments.dry_run)
+    if arguments.shard is None:
+        return stages.execute(_run(arguments), arguments.until, arguments.dry_run)
+    match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--shard {arguments.shard} is not I/N with I from 0 to N-1; write for example --shard 0/16")
+    stages.build_nth(_run(arguments), int(match[1]), int(match[2]))
 
 
 def profiles(arguments: argparse.Namespace) -> None:
@@ -57,6 +63,27 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.what == "hparams":
         return _print_json(loaded.hparams(size))
     _print_json(loaded.hf_config(arguments.what, size))
+
+
+def corpus(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from electra_wrap import stages
+    from electra_wrap.corpus import FINDINGS
+
+    found = stages.corpus_report(_run(arguments))
+    if arguments.json:
+        return _print_json(found)
+    table = Table(box=None, show_header=False)
+    for key, value in found.items():
+        if key in FINDINGS and not value:
+            continue
+        shown = (
+            f"{value:.3%}" if key.endswith("_share") else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+        )
+        table.add_row(FINDINGS.get(key, key.replace("_", " ")), shown)
+    Console(highlight=False).print(table)
 
 
 def vendor(arguments: argparse.Namespace) -> None:
@@ -153,7 +180,8 @@ def _run(arguments: argparse.Namespace) -> Any:
     from electra_wrap.stages import Run
 
     loaded = profile.Profile.load(arguments.profile, arguments.set)
-    return Run(loaded, RunDir(_run_dir(arguments)), arguments.upstream, arguments.launch)
+    more = (getattr(arguments, name, None) for name in ("upstream", "launch"))
+    return Run(loaded, RunDir(_run_dir(arguments)), *more)
 
 
 def _run_dir(arguments: argparse.Namespace) -> Path:
@@ -184,6 +212,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str, Sequence[Any]], ...] = (
         (
             *(*_PROFILE, _RUN_DIR, _UPSTREAM),
             _argument("--until", metavar="STAGE", help="stop after this stage, e.g. vocab, train, convert"),
+            _argument("--shard", metavar="I/N", help="only build the Ith part of N of the training data (0/N … N-1/N)"),
             _argument("--launch", metavar="COMMAND", help='native engine: its launcher, e.g. "torchrun --nnodes 2 …"'),
             _argument("--dry-run", action="store_true", help="only say what would be done, and why"),
         ),
@@ -197,6 +226,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str, Sequence[Any]], ...] = (
             _argument("--what", choices=["profile", "hparams", "discriminator", "generator"], default="profile"),
         ),
     ),
+    (corpus, "report on a run's corpus: size, what was mended, how the vocabulary fits", (*_PROFILE, _RUN_DIR, _JSON)),
     (vendor, "fetch, verify and patch google-research/electra", (_UPSTREAM,)),
     (
         convert,

@@ -6,22 +6,34 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import fsspec
+from electra_wrap import profile, sources
+from electra_wrap.errors import EnvironmentLacks, UsageError
+from electra_wrap.rundir import finish, write_json
 
-from electra_wrap import profile
-from electra_wrap.errors import UsageError
-
-#: Longest piece kept together. A file without blank lines, or with one enormous document, would otherwise be
+#: Largest piece kept together. A file without blank lines, or with one enormous document, would otherwise be
 #: one piece of work: a single process would do it all, from memory.
-MAX_PIECE_LINES = 1000
+MAX_PIECE_LINES, MAX_PIECE_BYTES = 1000, 2**20
 
+#: A longer line is enormous: a file without line ends, most likely.
+MAX_LINE_BYTES = 100_000
 
 #: Upstream's records, which may be given in place of text.
 RECORDS = "pretrain_data.tfrecord-*"
+
+#: Seconds between the points from which sharding goes on after it was killed.
+SAVE_EVERY = 10.0
+
+#: Control characters that are no spaces either. Upstream's tokenizer drops them, so that nobody sees them.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
 @dataclasses.dataclass
@@ -29,115 +41,332 @@ class Counts:
     """What became of a corpus: of the text kept, and of what was mended or left out on the way."""
 
     lines: int = 0
-    pieces: int = 0
+    documents: int = 0
+    words: int = 0
     bytes: int = 0
     held_out_lines: int = 0
+    #: Mended, whatever the profile says: nothing of the text is lost by that.
+    byte_order_marks: int = 0
+    crlf_lines: int = 0
+    empty_documents: int = 0
+    #: Lines that `corpus.bad_lines` is for.
     invalid_utf8: int = 0
+    control_characters: int = 0
+    enormous_lines: int = 0
+    #: Left out because of that, or because of `corpus.deduplicate`.
+    skipped_lines: int = 0
+    duplicate_lines: int = 0
+    duplicate_documents: int = 0
 
 
-def find_files(sources: Iterable[str], exclude: Path) -> list[Path]:
-    """Return the text files of `sources`: files, globs, and directories, whose *.txt are taken recursively.
+#: What a person is told of each count that is not zero.
+FINDINGS = {
+    "byte_order_marks": "byte order marks, removed",
+    "crlf_lines": "lines that end with \\r\\n, mended",
+    "empty_documents": "empty documents, removed",
+    "invalid_utf8": "lines that are not UTF-8",
+    "control_characters": "lines with control characters",
+    "enormous_lines": f"lines of more than {MAX_LINE_BYTES:,} bytes",
+    "skipped_lines": "lines skipped because of that",
+    "duplicate_lines": "duplicate lines, left out",
+    "duplicate_documents": "duplicate documents, left out",
+}
 
-    A directory of upstream's records, without text, gives those.
 
-    Nothing under `exclude` (the run directory) is taken. UsageError if a source matches nothing.
+def find(names: Iterable[str], exclude: Path) -> list[str]:
+    """Return what to read: URLs as they are, files, globs, and directories, whose *.txt are taken recursively.
+
+    A directory of upstream's records, without text, gives those. Nothing under `exclude` (the run directory) is
+    taken. UsageError if something local matches nothing.
     """
-    files: list[Path] = []
-    for source in sources:
-        if "://" in source:
-            raise UsageError(
-                f"corpus.source = {source!r}: remote text is not fetched; download it and --set corpus.source=FILE"
-            )
-        path = Path(source)
+    found: list[str] = []
+    for name in names:
+        if sources.is_remote(name):
+            found += [name] if name not in found else []
+            continue
+        path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*.txt") if p.is_file() and p.name != "vocab.txt")
-            found = found or sorted(path.glob(RECORDS))
+            files = sorted(p for p in path.rglob("*.txt") if p.is_file() and p.name != "vocab.txt")
+            files = files or sorted(path.glob(RECORDS))
         elif path.is_file():
-            found = [path]
+            files = [path]
         else:
             # Path.glob takes no absolute patterns
-            matches = glob.glob(source, recursive=True)  # noqa: PTH207
-            found = sorted(Path(p) for p in matches if Path(p).is_file())
-        found = [p.resolve() for p in found if not p.resolve().is_relative_to(exclude)]
-        if not found:
-            raise UsageError(f"corpus.source = {source!r} has no text; give files, globs or directories with *.txt")
-        files += [p for p in found if p not in files]
-    return files
+            files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())  # noqa: PTH207
+        files = [p.resolve() for p in files if not p.resolve().is_relative_to(exclude)]
+        if not files:
+            raise UsageError(f"corpus.source = {name!r} has no text; give files, globs, URLs or directories with *.txt")
+        found += [str(p) for p in files if str(p) not in found]
+    return found
 
 
-def shard(files: Iterable[Path], training: Path, held_out: Path, keys: profile.Corpus) -> Counts:
-    """Write the text as part-00000.txt … under `training`, and the held-out part of it under `held_out`.
+@dataclasses.dataclass
+class _State:
+    """How far sharding is: what it needs to go on, and to see whether it may."""
+
+    identity: Any
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    #: Number of the source, bytes of its text and lines of all that are done, and which version the server had.
+    source: int = 0
+    offset: int = 0
+    read_lines: int = 0
+    version: str | None = None
+    #: Whether a document goes on there, and whether it is held out.
+    in_document: bool = False
+    held_out: bool | None = None
+    #: Bytes written to each shard; the last is the held-out one.
+    sizes: list[int] = dataclasses.field(default_factory=list)
+    complete: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> _State | None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return cls(**{**values, "counts": Counts(**values["counts"])})
+
+
+def shard(
+    names: Iterable[str],
+    work: Path,
+    keys: profile.Corpus,
+    identity: Any = None,
+    on_progress: Callable[[int, int, int], None] = lambda done, total, lines: None,
+) -> Counts:
+    """Write the text as part-00000.txt … under `work`/corpus, and the held-out part of it under `work`/heldout.
 
     Pieces (documents, or 1000 lines of one) go whole to the shard with the fewest bytes so far, so that every
-    process has equal work. Whether a piece is held out depends on its own text alone, and so stays the same when
-    the corpus grows. Compressed files (.gz, .bz2, .xz, .zst as fsspec knows them) are read as text. Lines that
-    are not UTF-8 get replacement characters, which the tokenizer drops, and are counted. UsageError if nothing
-    is left.
+    process has equal work. Whether a document is held out depends on its own text alone, and so stays the same when
+    the corpus grows.
+
+    What a killed call left in `work` is continued if it was given the same `identity` (JSON). `on_progress` gets how
+    many bytes were read as they are stored, of how many (0: not known), and how many lines. UsageError if nothing is
+    left, and as `sources.Stream`.
     """
-    counts = Counts()
-    separator = "\n" if keys.blank_lines_separate_documents else ""
-    with contextlib.ExitStack() as stack:
-
-        def create(directory: Path, number: int) -> list:  # type: ignore[type-arg]
-            directory.mkdir()
-            names = (directory / f"part-{i:05d}.txt" for i in range(number))
-            return [stack.enter_context(name.open("w", encoding="utf-8", newline="\n")) for name in names]
-
-        writers = create(training, keys.shards)
-        held_out_writer = create(held_out, 1)[0]
-        sizes = [0] * keys.shards
-        for piece in _pieces(_lines(files, keys.max_lines, counts), keys.blank_lines_separate_documents):
-            text = "\n".join(piece) + "\n" + separator
-            size = len(text.encode())
-            counts.pieces += 1
-            counts.lines += len(piece)
-            counts.bytes += size
-            if _fraction(text) < keys.held_out:
-                counts.held_out_lines += len(piece)
-                held_out_writer.write(text)
-            else:
-                smallest = sizes.index(min(sizes))
-                sizes[smallest] += size
-                writers[smallest].write(text)
-    if not any(sizes):
-        raise UsageError("corpus.source has no text to train on; give a file with at least one line of text")
-    return counts
-
-
-def _fraction(text: str) -> float:
-    """Map a text to a number in [0, 1), uniformly and for good."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def _lines(files: Iterable[Path], max_lines: int | None, counts: Counts) -> Iterator[str]:
-    """Yield stripped lines, blank ones too, and a blank one after each file. `max_lines` counts the files' lines."""
-    number = 0
-    for path in files:
+    state = _State.read(work / "state.json")
+    if state is None or state.identity != identity:
+        shutil.rmtree(work, ignore_errors=True)
+        state = _State(identity, sizes=[0] * (keys.shards + 1))
+    if not state.complete:
         try:
-            with fsspec.open(str(path), "rb", compression="infer") as file:
-                for raw in file:
-                    if number == max_lines:
-                        return
-                    number += 1
-                    try:
-                        line = raw.decode("utf-8")
-                    except UnicodeDecodeError:
-                        line = raw.decode("utf-8", "replace")
-                        counts.invalid_utf8 += 1
-                    # Upstream's reader ends a line at \n alone; what else Python would call a line end is a space.
-                    yield re.sub(r"\s+", " ", line.removeprefix("\ufeff")).strip()
-        except (OSError, EOFError) as error:
-            raise UsageError(f"{path}: cannot be read as text: {error}; replace the file") from None
-        yield ""
+            _Sharder(work, keys, state, on_progress).run([file for name in names for file in sources.expand(name)])
+        except _Changed:  # a source is not what it was: what was made of it is of no use
+            shutil.rmtree(work)
+            return shard(names, work, keys, identity, on_progress)
+    if not any(state.sizes[:-1]):
+        shutil.rmtree(work)
+        raise UsageError("corpus.source has no text to train on; give a file with at least one line of text")
+    return state.counts
 
 
-def _pieces(lines: Iterable[str], blank_lines_separate_documents: bool) -> Iterator[list[str]]:
-    piece: list[str] = []
-    for line in lines:
-        if line:
-            piece.append(line)
-        if piece and (len(piece) == MAX_PIECE_LINES or (not line and blank_lines_separate_documents)):
-            yield piece
-            piece = []
-    if piece:
-        yield piece
+def put_in_place(work: Path, training: Path, held_out: Path) -> None:
+    """Give the shards in `work` their names, where they do not have them yet."""
+    for made, name in ((work / "heldout", held_out), (work / "corpus", training)):
+        if made.exists():
+            finish(made, name)
+
+
+class _Changed(Exception):
+    """A source has another version than the one that was begun."""
+
+
+class _Sharder:
+    def __init__(self, work: Path, keys: profile.Corpus, state: _State, on_progress: Callable[..., None]) -> None:
+        self._work, self._keys, self._state, self._on_progress = work, keys, state, on_progress
+        self._counts = state.counts
+        self._separator = b"\n" if keys.blank_lines_separate_documents else b""
+        self._lines, self._documents = (_seen(keys, kind) for kind in ("lines", "documents"))
+        self._piece: list[bytes] = []
+        self._piece_bytes = 0
+        self._files: list[BinaryIO] = []
+        self._piece_words = 0
+        self._done, self._total = 0, 0
+        self._whole_line = True
+        self._saved = time.monotonic()
+
+    def run(self, names: list[str]) -> None:
+        if not any(map(sources.is_remote, names)):
+            self._total = sum(Path(name).stat().st_size for name in names)
+            self._done = sum(Path(name).stat().st_size for name in names[: self._state.source])
+        for directory in ("corpus", "heldout"):
+            (self._work / directory).mkdir(parents=True, exist_ok=True)
+        paths = [self._work / "corpus" / f"part-{number:05d}.txt" for number in range(self._keys.shards)]
+        with contextlib.ExitStack() as stack:
+            for path, size in zip([*paths, self._work / "heldout" / "part-00000.txt"], self._state.sizes, strict=True):
+                self._files.append(stack.enter_context(path.open("ab")))
+                self._files[-1].truncate(size)
+            while self._state.source < len(names) and not self._enough():
+                self._read(names[self._state.source], len(names) == 1)
+                self._state.source, self._state.offset, self._state.version = self._state.source + 1, 0, None
+            self._save(complete=True)
+
+    def _enough(self) -> bool:
+        return self._keys.max_lines is not None and self._state.read_lines >= self._keys.max_lines
+
+    def _read(self, name: str, alone: bool) -> None:
+        """Read a source from where the state says."""
+        state = self._state
+        with contextlib.closing(sources.Stream(name, self._keys.sha256, state.offset)) as stream:
+            if state.offset and stream.version != state.version:
+                raise _Changed
+            state.version = stream.version
+            total = self._total or (stream.size if alone else 0)
+            for raw, size in self._raw_lines(stream):
+                if not state.offset and raw and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise UsageError(f"{name} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+                state.offset += size
+                if raw is None:
+                    continue
+                if raw.strip():
+                    state.in_document = True
+                    self._add(raw, name)
+                    if len(self._piece) >= MAX_PIECE_LINES or self._piece_bytes >= MAX_PIECE_BYTES:
+                        self._write()
+                        if not self._keys.blank_lines_separate_documents:
+                            state.held_out = None
+                elif self._keys.blank_lines_separate_documents:
+                    self._counts.empty_documents += not state.in_document
+                    self._end_document()
+                if not self._piece and self._whole_line and time.monotonic() - self._saved > SAVE_EVERY:
+                    self._save()
+                if not state.read_lines % 1000:
+                    self._on_progress(self._done + stream.done, total, state.read_lines)
+                if self._enough():
+                    break
+            self._end_document()
+            self._done += stream.done
+            self._on_progress(self._done, total, state.read_lines)
+
+    def _raw_lines(self, stream: sources.Stream) -> Iterator[tuple[bytes | None, int]]:
+        """Yield each line and how many bytes it takes. An enormous one is cut at spaces, or skipped: None."""
+        rest = b""
+        while raw := rest + stream.readline(MAX_LINE_BYTES - len(rest)):
+            rest = b""
+            skip = not self._whole_line and self._keys.bad_lines == "skip"
+            if len(raw) >= MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                if self._whole_line:
+                    skip = self._bad("enormous_lines", stream.name)
+                    self._counts.skipped_lines += skip
+                self._whole_line = False
+                cut = raw.rfind(b" ") + 1 or len(raw)
+                raw, rest = raw[:cut], raw[cut:]
+            else:
+                self._whole_line = True
+                self._state.read_lines += 1
+            yield None if skip else raw, len(raw)
+
+    def _add(self, raw: bytes, name: str) -> None:
+        """Add a line to the piece, mended."""
+        bad = False
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError:
+            # What cannot be read becomes U+FFFD, which the tokenizer drops.
+            line, bad = raw.decode("utf-8", "replace"), self._bad("invalid_utf8", name)
+        if raw.endswith(b"\r\n"):
+            self._counts.crlf_lines += 1
+        if line.startswith("\ufeff"):
+            self._counts.byte_order_marks += 1
+            line = line[1:]
+        if _CONTROL.search(line):
+            bad |= self._bad("control_characters", name)
+            line = _CONTROL.sub("", line)
+        if bad:
+            self._counts.skipped_lines += 1
+            return
+        # Upstream's reader ends a line at \n alone; what else Python calls a line end is a space.
+        words = line.split()
+        text = " ".join(words).encode()
+        if not text:
+            return
+        if self._lines is not None and self._lines(text):
+            self._counts.duplicate_lines += 1
+            return
+        self._piece_words += len(words)
+        self._piece.append(text)
+        self._piece_bytes += len(text) + 1
+
+    def _bad(self, kind: str, name: str) -> bool:
+        """Count a bad line; return whether it is to be skipped. UsageError if the profile says stop."""
+        setattr(self._counts, kind, getattr(self._counts, kind) + 1)
+        if self._keys.bad_lines == "stop":
+            line = self._state.read_lines + (kind == "enormous_lines")
+            raise UsageError(
+                f"{name}: line {line:,} of the corpus is one of the {FINDINGS[kind]}; mend it, or set "
+                'corpus.bad_lines to "repair" or "skip"'
+            )
+        return self._keys.bad_lines == "skip"
+
+    def _end_document(self) -> None:
+        self._write()
+        self._counts.documents += self._state.in_document
+        self._state.in_document, self._state.held_out = False, None
+
+    def _write(self) -> None:
+        """Write the piece to where it belongs."""
+        if not self._piece:
+            return
+        text = b"\n".join(self._piece) + b"\n" + self._separator
+        lines, words = len(self._piece), self._piece_words
+        self._piece, self._piece_bytes, self._piece_words = [], 0, 0
+        if self._documents is not None and self._documents(text):
+            self._counts.duplicate_documents += 1
+            return
+        if self._state.held_out is None:  # the first piece of a document decides for all
+            self._state.held_out = _fraction(text) < self._keys.held_out
+        sizes = self._state.sizes
+        number = len(sizes) - 1 if self._state.held_out else sizes.index(min(sizes[:-1]))
+        self._files[number].write(text)
+        sizes[number] += len(text)
+        self._counts.lines += lines
+        self._counts.words += words
+        self._counts.bytes += len(text)
+        self._counts.held_out_lines += lines * self._state.held_out
+
+    def _save(self, complete: bool = False) -> None:
+        """Write down how far this is, when the shards are on disk. Deduplication would have to remember too much."""
+        if not complete and (self._lines or self._documents):
+            return
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        self._state.complete = complete
+        write_json(self._work / "state.json", dataclasses.asdict(self._state))
+        self._saved = time.monotonic()
+
+
+def _fraction(text: bytes) -> float:
+    """Map a text to a number in [0, 1), uniformly and for good."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+
+
+def _seen(keys: profile.Corpus, kind: str) -> Callable[[bytes], bool] | None:
+    """Return what tells of a text whether it, or one that is similar, came before; None if nobody asked for that."""
+    if keys.deduplicate != kind:
+        return None
+    if keys.similarity == 1:
+        digests: set[bytes] = set()
+
+        def exact(text: bytes) -> bool:
+            digest = hashlib.blake2b(text, digest_size=12).digest()
+            known = digest in digests
+            digests.add(digest)
+            return known
+
+        return exact
+    try:
+        import datasketch
+    except ImportError:
+        raise EnvironmentLacks("corpus.similarity needs a package: pip install 'electra-wrap[similar]'") from None
+    index = datasketch.MinHashLSH(threshold=keys.similarity, num_perm=128)
+
+    def near(text: bytes) -> bool:
+        shingles = datasketch.MinHash(num_perm=128)
+        shingles.update_batch([text[i : i + 8] for i in range(max(1, len(text) - 7))])
+        known = bool(index.query(shingles))
+        if not known:
+            index.insert(len(index.keys), shingles)
+        return known
+
+    return near

@@ -7,6 +7,7 @@ either costs seconds to import. So the command line imports neither: each has a 
 from __future__ import annotations
 
 import collections
+import ctypes
 import json
 import os
 import shlex
@@ -33,6 +34,14 @@ INTERRUPTED = 75
 
 #: Seconds that a child has to save its work after the first signal.
 GRACE = 300
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:

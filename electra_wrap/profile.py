@@ -47,10 +47,31 @@ class Corpus(_Section):
     """Where the text comes from, and how it is divided."""
 
     source: str | list[str]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     max_lines: Positive | None = None
+    bad_lines: Literal["repair", "skip", "stop"] = "repair"
+    deduplicate: Literal["off", "lines", "documents"] = "off"
+    similarity: Fraction = 1.0
     blank_lines_separate_documents: bool = True
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     shards: Positive = 4
+
+    @model_validator(mode="after")
+    def _check(self) -> Corpus:
+        _require(
+            self.sha256 is None or len(self.sources) == 1, "sha256", "it is that of one file; name one in corpus.source"
+        )
+        _require(
+            self.deduplicate != "documents" or self.blank_lines_separate_documents,
+            "deduplicate",
+            'without blank lines there are no documents; set it to "lines"',
+        )
+        _require(
+            self.similarity == 1 or self.deduplicate != "off",
+            "similarity",
+            'it says what counts as a duplicate; set corpus.deduplicate to "lines" or "documents" too',
+        )
+        return self
 
     @property
     def sources(self) -> list[str]:
@@ -63,8 +84,14 @@ class Tokenizer(_Section):
     source: str
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     vocab_size: Positive | None = None
+    sample_bytes: Positive | None = None
     lowercase: bool = False
     strip_accents: bool = False
+
+    @property
+    def rules(self) -> dict[str, bool]:
+        """How text is normalised, as keywords."""
+        return {"lowercase": self.lowercase, "strip_accents": self.strip_accents}
 
     @model_validator(mode="after")
     def _check(self) -> Tokenizer:
@@ -77,11 +104,10 @@ class Tokenizer(_Section):
             _require(self.vocab_size is not None, "vocab_size", 'source = "train" needs it; set it, for example 32000')
             _require(self.sha256 is None, "sha256", "a vocabulary that is trained has no digest yet; remove it")
         else:
-            _require(
-                self.vocab_size is None,
-                "vocab_size",
-                'it is counted from the vocabulary; remove it, or set source = "train"',
-            )
+            message = 'it is counted from the vocabulary; remove it, or set source = "train"'
+            _require(self.vocab_size is None, "vocab_size", message)
+            message = 'it is for a vocabulary that is trained; remove it, or set source = "train"'
+            _require(self.sample_bytes is None, "sample_bytes", message)
         return self
 
 
@@ -345,12 +371,12 @@ def _merge(
 ) -> None:
     """Merge `new` into `values` key by key, resolving relative paths against `base`.
 
-    A new tokenizer.source has none of what was said of the former one.
+    A new source has none of what was said of the former one.
     """
-    if prefix == "tokenizer." and "source" in new:
-        for former in ("sha256", "vocab_size"):
+    if "source" in new:
+        for former in ("sha256", "vocab_size", "sample_bytes"):
             values.pop(former, None)
-            origin.pop(f"tokenizer.{former}", None)
+            origin.pop(f"{prefix}{former}", None)
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(values.get(key, {}), dict):

@@ -20,15 +20,18 @@ def say(message: str) -> None:
 
 
 class Meter:
-    """Progress of `total` units; the speed is that of this session's own units."""
+    """Progress of `total` units (0: not known); the speed is that of this session's own units.
+
+    With the unit MB numbers are bytes, and are shown as megabytes.
+    """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._first, self._started, self._printed = done, time.monotonic(), 0.0
+        self._first, self._started, self._printed, self._last = done, time.monotonic(), 0.0, -1
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn(f"{what} {{task.completed:,}}/{{task.total:,}} {unit}"),
+                TextColumn(f"{what} {{task.fields[shown]}}"),
                 BarColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeElapsedColumn(),
@@ -37,7 +40,7 @@ class Meter:
                 console=console,
                 transient=False,
             )
-            self._task = self._bar.add_task(what, total=total, completed=done, note="")
+            self._task = self._bar.add_task(what, total=total or None, completed=done, shown=self._show(done), note="")
 
     def __enter__(self) -> Meter:
         if self._bar:
@@ -48,17 +51,23 @@ class Meter:
         if self._bar:
             self._bar.stop()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Show that `done` units are done, with a `note`, e.g. the loss."""
+    def _show(self, done: int) -> str:
+        scale, digits = (1e6, 1) if self._unit == "MB" else (1, 0)
+        of = f"/{self._total / scale:,.{digits}f}" if self._total else ""
+        return f"{done / scale:,.{digits}f}{of} {self._unit}"
+
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Show that `done` units are done (of `total`, if that is known by now), with a `note`, e.g. the loss."""
+        self._total = total or self._total
         now = time.monotonic()
         speed = (done - self._first) / max(now - self._started, 1e-9)
-        note = f"{note}  {speed:.2f} {self._unit}/s".strip()
+        note = f"{note}  {speed / (1e6 if self._unit == 'MB' else 1):.2f} {self._unit}/s".strip()
         if self._bar:
-            self._bar.update(self._task, completed=done, note=note)
-        elif done >= self._total or now - self._printed >= INTERVAL:
-            self._printed = now
+            self._bar.update(self._task, total=self._total or None, completed=done, shown=self._show(done), note=note)
+        elif (done == self._total and done != self._last) or now - self._printed >= INTERVAL:
+            self._printed, self._last = now, done
             remaining = f", {duration((self._total - done) / speed)} left" if done < self._total and speed else ""
-            say(f"{self._what}: {done:,}/{self._total:,} {self._unit}  {note}{remaining}")
+            say(f"{self._what}: {self._show(done)}  {note}{remaining}")
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,24 +65,10 @@ class RunDir:
         return str(path.relative_to(self.path) if path.is_relative_to(self.path) else path)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run directory exclusively. The kernel releases the lock when the process ends, however it ends.
-
-        UsageError, naming the holder, if another process has it.
-        """
+    def lock(self, shared: bool = False) -> Iterator[None]:
+        """Hold the run directory, exclusively or with others that do the same. UsageError, naming who has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "?"
-                raise UsageError(
-                    f"{self.path} is in use by process {holder}; wait for it or choose another --run-dir"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with exclusive(self.path / ".lock", shared):
             yield
 
     def set_aside(self, path: Path) -> Path | None:
@@ -93,6 +80,27 @@ class RunDir:
             number += 1
         path.rename(target)
         return target
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`. The kernel releases it when the process ends, however it ends.
+
+    UsageError, naming the holder, if another process has it; `shared` ones do not exclude each other.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "?"
+            raise UsageError(
+                f"{path.parent} is in use by process {holder}; wait for it or choose another --run-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager
@@ -119,6 +127,14 @@ def finish(temporary: Path, path: Path) -> None:
         _sync(file)
     temporary.rename(path)
     _sync(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file another name, or where the file system knows no links, a copy of it."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import importlib
 import importlib.metadata
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from electra_wrap import check, corpus, process, vocab
+from electra_wrap import check, corpus, parts, process, sources, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
@@ -101,38 +102,54 @@ class Stage:
     outputs: tuple[str, ...]
     do: Callable[[Run], dict[str, Any]]
     packages: tuple[str, ...] = ()
+    #: What it works in, and goes on with after it was killed.
+    scratch: tuple[str, ...] = ()
 
 
-def _corpus_files(run: Run) -> list[Path]:
-    return corpus.find_files(run.profile.corpus.sources, run.directory.path)
+def _corpus_names(run: Run) -> list[str]:
+    return corpus.find(run.profile.corpus.sources, run.directory.path)
 
 
 def _corpus_inputs(run: Run) -> dict[str, Any]:
     keys = run.profile.corpus.model_dump(exclude={"source"})
+    names = _corpus_names(run)
     return {
-        "corpus.source": [run.directory.digest(path) for path in _corpus_files(run)],
+        "corpus.source": [name if sources.is_remote(name) else run.directory.digest(Path(name)) for name in names],
         **{f"corpus.{key}": value for key, value in keys.items()},
     }
 
 
 def _corpus(run: Run) -> dict[str, Any]:
-    keys, files = run.profile.corpus, _corpus_files(run)
-    with partial(run.directory / "heldout") as held_out, partial(run.directory / "corpus") as training:
-        if records := [path for path in files if path.match(corpus.RECORDS)]:
-            if len({path.name for path in records}) < len(files):
-                raise UsageError(
-                    "corpus.source has records beside text, or of two directories; give one directory of them"
-                )
+    keys, names = run.profile.corpus, _corpus_names(run)
+    if records := [Path(name) for name in names if Path(name).match(corpus.RECORDS)]:
+        if len({path.name for path in records}) < len(names):
+            raise UsageError("corpus.source has records beside text, or of two directories; give one directory of them")
+        with partial(run.directory / "heldout") as held_out, partial(run.directory / "corpus") as training:
             held_out.mkdir()
             training.mkdir()
-            for path in files:
+            for path in records:
                 shutil.copyfile(path, training / path.name)
-            say(f"corpus: {len(files)} files of records, taken as they are")
-            return {}
-        counts = corpus.shard(files, training, held_out, keys)
+        say(f"corpus: {len(records)} files of records, taken as they are")
+        return {}
+    work = run.directory / "corpus.partial"
+    with Meter("corpus", keys.max_lines or 0, "lines" if keys.max_lines else "MB") as meter:
+
+        def progress(done: int, total: int, lines: int) -> None:
+            if keys.max_lines:
+                meter.update(lines, f"{done / 1e6:,.1f} MB read")
+            else:
+                meter.update(done, f"{lines:,} lines", total)
+
+        counts = corpus.shard(names, work, keys, _corpus_inputs(run), progress)
+    corpus.put_in_place(work, run.directory / "corpus", run.directory / "heldout")
     say(f"corpus: {counts.lines:,} lines, {counts.bytes / 1e6:.1f} MB, {counts.held_out_lines:,} lines held out")
-    if counts.invalid_utf8:
-        say(f"corpus: {counts.invalid_utf8:,} lines were not UTF-8; what could not be read was dropped")
+    for name, what in corpus.FINDINGS.items():
+        if number := getattr(counts, name):
+            say(f"corpus: {number:,} {what}")
+    if keys.sha256 and keys.max_lines:
+        say("corpus: corpus.sha256 is that of a whole file, and counts only if corpus.max_lines leaves nothing out")
+    if counts.invalid_utf8 > counts.lines / 100:
+        say("corpus: that many are a sign of another encoding; convert the text, for example: iconv -f LATIN1 -t UTF-8")
     if keys.held_out and not counts.held_out_lines:
         say("corpus: no document was held out; raise corpus.held_out or give more documents")
     return dataclasses.asdict(counts)
@@ -144,6 +161,7 @@ def _vocab_inputs(run: Run) -> dict[str, Any]:
         return {
             "tokenizer.source": "train",
             "tokenizer.vocab_size": keys.vocab_size,
+            "tokenizer.sample_bytes": keys.sample_bytes,
             "tokenizer.lowercase": keys.lowercase,
             "tokenizer.strip_accents": keys.strip_accents,
             "corpus": run.digest("corpus"),
@@ -160,15 +178,37 @@ def _vocab(run: Run) -> dict[str, Any]:
     keys = run.profile.tokenizer
     if keys.source == "train":
         assert keys.vocab_size is not None
-        size = keys.vocab_size
-        rules = {"lowercase": keys.lowercase, "strip_accents": keys.strip_accents}
-        vocab.train(run.directory / "corpus", run.vocabulary, vocab_size=size, **rules)
+        size, most = keys.vocab_size, keys.sample_bytes
+        vocab.train(run.directory / "corpus", run.vocabulary, vocab_size=size, sample_bytes=most, **keys.rules)
     else:
         say(f"vocab: from {keys.source}")
         vocab.fetch(keys.source, run.vocabulary, keys.sha256)
-    size = len(vocab.read(run.vocabulary))
-    say(f"vocab: {size:,} tokens")
-    return {"vocab_size": size}
+    size, fit = len(vocab.read(run.vocabulary)), vocabulary_fit(run)
+    shown = f"; {fit['tokens_per_word']:.3f} for a word, {fit['unknown_share']:.3%} of them [UNK]" if fit else ""
+    say(f"vocab: {size:,} tokens{shown}")
+    if fit and fit["cut_share"] > 0.01:
+        say(
+            f"vocab: {fit['cut_share']:.0%} of the tokens are further into their line than model.max_seq_length, and "
+            "no example has them; put one sentence on a line"
+        )
+    return {"vocab_size": size, **fit}
+
+
+def vocabulary_fit(run: Run) -> dict[str, float]:
+    """`vocab.measure` of a run's vocabulary on its corpus."""
+    keys, length = run.profile.tokenizer, run.profile.model.max_seq_length
+    return vocab.measure(run.directory / "corpus", vocab.read(run.vocabulary), max_seq_length=length, **keys.rules)
+
+
+def corpus_report(run: Run) -> dict[str, Any]:
+    """What is known of a run's corpus, and how its vocabulary fits. UsageError if there is no corpus yet."""
+    facts = run.recorded("corpus").get("facts")
+    if facts is None:
+        raise UsageError(f"{run.directory.path} has no corpus yet; first `run --until vocab`")
+    found = {"shards": len(list((run.directory / "corpus").iterdir())), **facts}
+    if run.vocabulary.is_file():
+        found |= {"vocab_size": len(vocab.read(run.vocabulary)), **vocabulary_fit(run)}
+    return found
 
 
 def _data_inputs(run: Run) -> dict[str, Any]:
@@ -186,19 +226,102 @@ def _data_inputs(run: Run) -> dict[str, Any]:
 
 
 def _data(run: Run) -> dict[str, Any]:
-    made = run.engine.OUTPUTS
-    with partial(run.directory / made[1]) as held_out, partial(run.directory / made[0]) as training:
-        if any(path.stat().st_size for path in (run.directory / "heldout").iterdir()):
-            run.engine.build(run, run.directory / "heldout", held_out)
-        else:
-            held_out.mkdir()
-        number = run.engine.build(run, run.directory / "corpus", training)
+    training, held_out = (run.directory / name for name in run.engine.OUTPUTS)
+    if any(path.match(corpus.RECORDS) for path in (run.directory / "corpus").iterdir()):
+        with partial(held_out) as empty, partial(training) as taken:
+            empty.mkdir()
+            number = run.engine.take(run, run.directory / "corpus", taken)
+    else:
+        for name in _parts_names(run):
+            if changed := _other_settings(run, run.directory / name):
+                say(f"{run.engine.DATA}: the parts in {name} are of other settings ({changed}); discarded")
+                shutil.rmtree(run.directory / name)
+        _build_parts(run, 0, 1)
+        number = _join(run, run.directory / "corpus", training)
+        _join(run, run.directory / "heldout", held_out)
     keys = run.profile.train
     epochs = keys.steps * keys.batch_size / max(1, number)
     say(f"{run.engine.DATA}: {number:,} examples; {keys.steps:,} steps are {epochs:.2g} epochs")
     if not number:
         raise UsageError("the corpus gives no example; give more text")
     return {"examples": number}
+
+
+def _parts_names(run: Run) -> tuple[str, str]:
+    """The directories of the parts of an engine's OUTPUTS."""
+    training, held_out = run.engine.OUTPUTS
+    return f"{training}.parts", f"{held_out}.parts"
+
+
+def _shards(text: Path) -> list[int]:
+    """Numbers of the shards that have text."""
+    return [number for number, path in enumerate(sorted(text.iterdir())) if path.stat().st_size]
+
+
+def _part_inputs(run: Run) -> dict[str, Any]:
+    return {**_data_inputs(run), **run.engine.versions()}
+
+
+def _other_settings(run: Run, directory: Path) -> str | None:
+    """Say what the parts in `directory` were made from that the profile no longer has; None if all is the same."""
+    inputs = _part_inputs(run)
+    found = (parts.facts(part) for part in sorted(directory.glob("[0-9]" * 5)))
+    return next((changed for facts in found if facts and (changed := _difference(facts["inputs"], inputs))), None)
+
+
+def _build_parts(run: Run, nth: int, of: int) -> None:
+    """Build every `of`th part of the training data that is missing, beginning with the `nth`."""
+    for text, name in zip((run.directory / "corpus", run.directory / "heldout"), _parts_names(run), strict=True):
+        files = sorted(text.iterdir())
+        wanted = [number for number in _shards(text) if number % of == nth]
+        missing = [number for number in wanted if not parts.path(run.directory / name, number).exists()]
+        if len(missing) < len(wanted):
+            say(f"{run.engine.DATA} of {text.name}: {len(wanted) - len(missing)} of {len(wanted)} parts are there")
+        if not missing:
+            continue
+        (run.directory / name).mkdir(exist_ok=True)
+        workers = min(len(missing), len(os.sched_getaffinity(0)))
+        jobs = {"numbers": missing, "workers": workers, "inputs": _part_inputs(run)}
+        log = run.log(run.engine.DATA if of == 1 else f"{run.engine.DATA}-{nth}-of-{of}")
+        total = sum(files[number].stat().st_size for number in missing)
+        with Meter(f"{run.engine.DATA} of {text.name}", total, "MB") as meter:
+            run.engine.build(run, text, run.directory / name, jobs, log, parts.follow(meter.update))
+
+
+def _join(run: Run, text: Path, out: Path) -> int:
+    """Make an output of its parts, when all are there and are of this profile; return the number of examples."""
+    directory = out.with_name(f"{out.name}.parts")
+    found = [parts.path(directory, number) for number in _shards(text)]
+    facts = [parts.facts(part) for part in found]
+    if None in facts or (changed := _other_settings(run, directory)):
+        what = "is missing" if None in facts else f"is of other settings ({changed})"
+        raise StageFailed(f"a part in {directory} {what}; run again")
+    if not out.exists():  # else it is this attempt's, which ended before it could say so
+        with partial(out) as temporary:
+            if found:
+                run.engine.join(run, text, found, temporary)
+            else:
+                temporary.mkdir()
+    return sum(one["examples"] for one in facts if one)
+
+
+def build_nth(run: Run, nth: int, of: int) -> None:
+    """Build an `of`th of the training data's parts, for `execute` to join when all are there.
+
+    Several processes and machines may do this at once: they share the run directory, and nothing else. UsageError if
+    corpus and vocabulary are not there yet, or other settings' parts are.
+    """
+    with run.directory.lock(shared=True):
+        todo = [stage.name for stage, _ in plan(run, run.engine.DATA)]
+        if todo not in ([], [run.engine.DATA]):
+            raise UsageError(f"--shard: {todo[0]} has to be done first, by one process: run --until vocab")
+        for name in _parts_names(run):
+            if changed := _other_settings(run, run.directory / name):
+                raise UsageError(f"{run.directory / name} has parts of other settings: {changed}; set that back")
+        if todo:
+            run.engine.prepare(run)
+            _build_parts(run, nth, of)
+    say(f"{run.engine.DATA}: {nth}/{of} is done")
 
 
 def _train_inputs(run: Run) -> dict[str, Any]:
@@ -361,9 +484,9 @@ def stages(run: Run) -> list[Stage]:
     """The stages of a run, in order."""
     chosen = run.engine
     return [
-        Stage("corpus", _corpus_inputs, ("corpus", "heldout"), _corpus),
+        Stage("corpus", _corpus_inputs, ("corpus", "heldout"), _corpus, scratch=("corpus.partial",)),
         Stage("vocab", _vocab_inputs, ("vocab.txt",), _vocab, ("tokenizers",)),
-        Stage(chosen.DATA, _data_inputs, chosen.OUTPUTS, _data, chosen.PACKAGES[chosen.DATA]),
+        Stage(chosen.DATA, _data_inputs, chosen.OUTPUTS, _data, chosen.PACKAGES[chosen.DATA], _parts_names(run)),
         Stage("train", _train_inputs, (), _train, chosen.PACKAGES["train"]),
         Stage("convert", _convert_inputs, ("hf",), _convert, chosen.PACKAGES["convert"]),
         Stage("check", lambda run: {"hf": run.digest("hf")}, (), _check, ("transformers", "torch")),
@@ -501,15 +624,17 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
 def _do(run: Run, stage: Stage) -> None:
     """Do one stage; write into the manifest what it was made from before, and how it ended after."""
     recorded = run.recorded(stage.name)
-    for name in stage.outputs:
-        if aside := run.directory.set_aside(run.directory / name):
-            say(f"{stage.name}: the former {name} is now {aside.name}")
     entry: dict[str, Any] = {
         "outcome": "interrupted",
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": stage.inputs(run),
         "versions": versions(run, stage),
     }
+    same = recorded and all(recorded[key] == entry[key] for key in ("inputs", "versions"))
+    if not (stage.scratch and same and recorded["outcome"] != "done"):  # else it goes on with what is there
+        for name in stage.outputs:
+            if aside := run.directory.set_aside(run.directory / name):
+                say(f"{stage.name}: the former {name} is now {aside.name}")
     if stage.name == "train" and recorded and recorded["versions"] != entry["versions"]:
         say(f"train: continues with other versions: {_difference(recorded['versions'], entry['versions'])}")
     run.directory.manifest["stages"][run.key(stage.name)] = entry
@@ -528,6 +653,8 @@ def _do(run: Run, stage: Stage) -> None:
     finally:
         entry["seconds"] = round(time.monotonic() - began, 1)
         run.directory.save()
+    for name in stage.scratch:
+        shutil.rmtree(run.directory / name, ignore_errors=True)
 
 
 def versions(run: Run, stage: Stage) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,35 @@ MAX_WORD_CHARACTERS = 200
 
 #: Characters that a trained vocabulary has of its own; rarer ones make a word [UNK].
 MAX_ALPHABET = 1000
+
+#: Text on which a vocabulary's fit is measured.
+MEASURED_BYTES = 8_000_000
+
+#: Words that are remembered; some 150 MB.
+MAX_WORDS = 2**19
+
+
+class Words(dict[str, tuple[int, ...]]):
+    """The ids of words, computed once each: text repeats its words, so nearly all of them are looked up.
+
+    When there are too many, all are forgotten; the frequent ones are soon back.
+    """
+
+    def __init__(self, compute: Callable[[str], Sequence[int]]) -> None:
+        self._compute = compute
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(self) >= MAX_WORDS:
+            self.clear()
+        self[word] = ids = tuple(self._compute(word))
+        return ids
+
+    def ids(self, line: str) -> list[int]:
+        """The ids of a line's words, which are what is between its spaces."""
+        found: list[int] = []
+        for word in line.split(" "):
+            found += self[word]
+        return found
 
 
 def read(path: Path) -> list[str]:
@@ -87,8 +116,10 @@ def _first_sentence(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
 
 
-def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip_accents: bool) -> None:
-    """Train a WordPiece vocabulary of at most `vocab_size` tokens on the shards in `corpus`.
+def train(
+    corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip_accents: bool, sample_bytes: int | None
+) -> None:
+    """Train a WordPiece vocabulary of at most `vocab_size` tokens on the shards in `corpus`, or on a sample of them.
 
     The same text gives the same vocabulary. Left to itself, the trainer numbers the characters inside words in
     the order of a hash table, and breaks ties between merges by those numbers; so they are numbered for it.
@@ -97,18 +128,17 @@ def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer = _text_rules(lowercase, strip_accents)
-
-    def lines() -> Iterator[str]:
-        for path in sorted(corpus.glob("*.txt")):
-            with path.open(encoding="utf-8", newline="\n") as file:
-                yield from file
-
+    words: collections.Counter[str] = collections.Counter()
+    for line in sample(corpus, sample_bytes):
+        words.update(line.split())
     characters: collections.Counter[str] = collections.Counter()
     inside: set[str] = set()
-    for line in lines():
-        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(line)):
-            characters.update(word)
-            inside.update(word[1:])
+    for word, number in words.items():
+        for piece, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word)):
+            inside.update(piece[1:])
+            for character in piece:
+                characters[character] += number
+    del words
     alphabet = sorted(sorted(characters), key=lambda c: -characters[c])[:MAX_ALPHABET]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -118,7 +148,7 @@ def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip
         continuing_subword_prefix="##",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(lines(), trainer)
+    tokenizer.train_from_iterator(sample(corpus, sample_bytes), trainer)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if len(tokens) > vocab_size:
         raise UsageError(
@@ -126,6 +156,46 @@ def train(corpus: Path, target: Path, *, vocab_size: int, lowercase: bool, strip
         )
     write_text(target, "".join(f"{token}\n" for token, _ in tokens))
     read(target)
+
+
+def sample(corpus: Path, most: int | None) -> Iterator[str]:
+    """Yield the lines of the shards in `corpus`; of each the beginning, if that is more than `most` bytes together.
+
+    Every part of the text is in every shard's beginning, because pieces are dealt to the shards in turn.
+    """
+    shards = sorted(corpus.glob("*.txt"))
+    for path in shards:
+        left = path.stat().st_size if most is None else most // len(shards)
+        with path.open("rb") as file:
+            for line in file:
+                if (left := left - len(line)) < 0:
+                    break
+                yield line.decode()
+
+
+def measure(
+    corpus: Path, tokens: list[str], *, lowercase: bool, strip_accents: bool, max_seq_length: int
+) -> dict[str, float]:
+    """Return how a vocabulary fits a sample of the shards in `corpus`.
+
+    Tokens for each word (what is between spaces), and what share of the tokens is [UNK] and is beyond what an example
+    has of one line: upstream cuts lines of more than `max_seq_length` - 2 tokens. Empty if there is no text.
+    """
+    tokenizer = build_tokenizer(tokens, lowercase=lowercase, strip_accents=strip_accents)
+    tokenizer.encode_special_tokens = True
+    known = Words(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
+    unknown = tokens.index("[UNK]")
+    words = found = unknowns = cut = 0
+    for line in sample(corpus, MEASURED_BYTES):
+        if text := line.strip():
+            ids = known.ids(text)
+            words += text.count(" ") + 1
+            found += len(ids)
+            unknowns += ids.count(unknown)
+            cut += max(0, len(ids) - (max_seq_length - 2))
+    if not found:
+        return {}
+    return {"tokens_per_word": found / words, "unknown_share": unknowns / found, "cut_share": cut / found}
 
 
 def write_tokenizer(

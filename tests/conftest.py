@@ -125,19 +125,18 @@ def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FAKE_BUILD = """
-import argparse, os, shutil, struct
+import argparse, os, struct
+from electra_wrap.upstream import records
 p = argparse.ArgumentParser()
 for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes", "num-out-files", "seed",
-             "blanks-separate-docs"):
+             "blanks-separate-docs", "jobs"):
     p.add_argument("--" + name, required=True)
 for name in ("do-lower-case", "no-lower-case", "do-strip-accents", "no-strip-accents"):
     p.add_argument("--" + name, action="store_true")
-a = p.parse_args()
-shutil.rmtree(a.output_dir, ignore_errors=True)
-os.makedirs(a.output_dir)
-names = sorted(os.listdir(a.corpus_dir))
-for job in range(int(a.num_processes)):
-    with open(os.path.join(a.corpus_dir, names[job]), encoding="utf-8") as f:
+
+def write_examples(job, a):
+    name = sorted(os.listdir(a.corpus_dir))[job]
+    with open(os.path.join(a.corpus_dir, name), encoding="utf-8") as f:
         text = f.read()
     if "CRASH" in text:
         raise SystemExit("job %d failed" % job)
@@ -146,7 +145,8 @@ for job in range(int(a.num_processes)):
         for line in text.splitlines():
             record = "/".join((a.seed, a.max_seq_length, line)).encode()
             f.write(struct.pack("<Q", len(record)) + b"crc_" + record + b"crc_")
-    print("Job %d: Done!" % job)
+
+records.build(write_examples, p.parse_args())
 """
 
 FAKE_TRAIN = """

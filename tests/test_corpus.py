@@ -13,10 +13,10 @@ from electra_wrap.errors import UsageError
 from electra_wrap.profile import Corpus
 
 
-def shard(tmp_path: Path, files: list[Path], **keys: Any) -> tuple[corpus.Counts, list[str], str]:
+def shard(tmp_path: Path, files: list[Any], **keys: Any) -> tuple[corpus.Counts, list[str], str]:
     out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-    out.mkdir()
-    counts = corpus.shard(files, out / "corpus", out / "heldout", Corpus(source="", **{"shards": 3, **keys}))
+    names = [str(file) for file in files]
+    counts = corpus.shard(names, out, Corpus(source="", **{"shards": 3, **keys}))
     parts = [p.read_bytes().decode() for p in sorted((out / "corpus").iterdir())]
     return counts, parts, "".join(p.read_bytes().decode() for p in (out / "heldout").iterdir())
 
@@ -30,7 +30,7 @@ def test_every_document_arrives_whole_and_once(tmp_path: Path) -> None:
     documents = [f"a{i}\nb{i} ñ\n" for i in range(50)]
     counts, parts, _ = shard(tmp_path, [write(tmp_path / "t", "\n".join(documents))])
     assert sorted("".join(parts).split("\n\n")[:-1]) == sorted(d.strip() for d in documents)
-    assert (counts.lines, counts.pieces) == (100, 50)
+    assert (counts.lines, counts.documents, counts.words) == (100, 50, 150)
     assert counts.bytes == sum(len(p.encode()) for p in parts)
 
 
@@ -90,12 +90,11 @@ def test_only_text_is_taken_from_a_directory(tmp_path: Path) -> None:
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x", encoding="utf-8")
-    found = corpus.find_files([str(tmp_path / "data"), str(tmp_path / "data" / "*.txt")], run)
-    assert [str(p.relative_to(tmp_path / "data")) for p in found] == ["a.txt", "sub/b.txt", "vocab.txt"]
-    assert [p.name for p in corpus.find_files([str(tmp_path / "data")], run)] == ["a.txt", "b.txt"]
+    found = corpus.find([str(tmp_path / "data"), str(tmp_path / "data" / "*.txt")], run)
+    assert [str(Path(p).relative_to(tmp_path / "data")) for p in found] == ["a.txt", "sub/b.txt", "vocab.txt"]
+    assert [Path(p).name for p in corpus.find([str(tmp_path / "data")], run)] == ["a.txt", "b.txt"]
 
 
-@pytest.mark.parametrize(("source", "says"), [("nowhere*.txt", "has no text"), ("https://x/y.gz", "download it")])
-def test_a_source_without_text_is_refused(tmp_path: Path, source: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        corpus.find_files([source], tmp_path)
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no text"):
+        corpus.find(["nowhere*.txt"], tmp_path)

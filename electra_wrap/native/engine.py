@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import corpus, process, vocab
+from electra_wrap import process, vocab
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
-from electra_wrap.progress import Meter
 from electra_wrap.rundir import finish, write_json
 
 if TYPE_CHECKING:
@@ -48,18 +47,33 @@ def latest_step(model_dir: Path) -> int | None:
     return max(checkpoints.steps(model_dir), default=None)
 
 
-def build(run: Run, text: Path, out: Path) -> int:
-    """Write the store of the examples of the shards in `text`, or of upstream's records there; return their number."""
-    words = len(vocab.read(run.vocabulary))
-    if all(path.match(corpus.RECORDS) for path in text.iterdir()):
-        return records(run, text, out)
-    size = sum(path.stat().st_size for path in text.iterdir())
-    with Meter(f"examples of {text.name}", size // 1000, "kB") as meter:
-        found = examples.build(text, run.vocabulary, run.profile, lambda done: meter.update(done // 1000))
-        return examples.write(out, found, words)
+def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_line: Callable[[str], None]) -> None:
+    """Build parts of the examples of `text`, a shard each, under `out`; `jobs` are the keywords of `parts.build`."""
+    job = {
+        "text": str(text),
+        "vocabulary": str(run.vocabulary),
+        "rules": run.profile.tokenizer.rules,
+        "length": run.profile.model.max_seq_length,
+        "documents": run.profile.corpus.blank_lines_separate_documents,
+        "seed": run.profile.train.seed,
+        "out": str(out),
+        "jobs": jobs,
+    }
+    argv = [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)]
+    process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=on_line)
 
 
-def records(run: Run, directory: Path, out: Path | None) -> int:
+def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
+    """Make one store of those of the parts of `text`."""
+    examples.join(parts, out)
+
+
+def take(run: Run, records: Path, out: Path) -> int:
+    """Make a store of upstream's records that were made elsewhere, if they fit; return the number of examples."""
+    return read_records(run, records, out)
+
+
+def read_records(run: Run, directory: Path, out: Path | None) -> int:
     """Read upstream's records, into a store if `out` is given; return their number. UsageError if they do not fit."""
     size, length = len(vocab.read(run.vocabulary)), run.profile.model.max_seq_length
     job = {"directory": str(directory), "length": length, "vocab_size": size, "out": out and str(out)}

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import array
 import dataclasses
-import itertools
+import functools
 import json
 import random
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from electra_wrap import vocab
-from electra_wrap.profile import Profile
+from electra_wrap import parts, vocab
 from electra_wrap.rundir import write_json
-
-#: Lines tokenized at once: the tokenizers library spreads them over the processors.
-LINES_AT_ONCE = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,35 +74,35 @@ class Builder:
         return Example(ids, len(first) + 2)
 
 
-def build(corpus: Path, vocabulary: Path, profile: Profile, on_bytes: Callable[[int], None]) -> Iterator[Example]:
-    """Yield the examples of the shards in `corpus`, shard by shard; `on_bytes` gets how much text is done.
+def build(
+    shard: Path, number: int, tokens: list[str], rules: dict[str, bool], length: int, documents: bool, seed: int
+) -> Iterator[Example]:
+    """Yield the examples of a shard: those of upstream's process `number`, which is seeded with seed + number.
 
-    Shard i's are those of upstream's process i of as many processes as there are shards, seeded with seed + i.
+    `rules` are those of `vocab.build_tokenizer`; `documents`: blank lines separate them.
     """
-    tokens = vocab.read(vocabulary)
-    keys = profile.tokenizer
-    tokenizer = vocab.build_tokenizer(tokens, lowercase=keys.lowercase, strip_accents=keys.strip_accents)
+    builder = Builder(length, tokens.index("[CLS]"), tokens.index("[SEP]"), seed + number)
+    ids = _token_ids(tuple(tokens), **rules)
+    with parts.open_counted(shard) as file:
+        for line in map(str.strip, file):
+            if line:
+                example = builder.add(ids(line))
+            elif documents:
+                example = builder.end()
+            else:
+                continue
+            if example:
+                yield example
+    if example := builder.end():
+        yield example
+
+
+@functools.lru_cache(1)
+def _token_ids(tokens: tuple[str, ...], lowercase: bool, strip_accents: bool) -> Callable[[str], Sequence[int]]:
+    """What gives the ids of a line; the words that it knows serve all shards of a process."""
+    tokenizer = vocab.build_tokenizer(list(tokens), lowercase=lowercase, strip_accents=strip_accents)
     tokenizer.encode_special_tokens = True  # text that says "[MASK]" is text
-    done = 0
-    for number, path in enumerate(sorted(corpus.iterdir())):
-        seed = profile.train.seed + number
-        builder = Builder(profile.model.max_seq_length, tokens.index("[CLS]"), tokens.index("[SEP]"), seed)
-        with path.open(encoding="utf-8", newline="\n") as file:
-            while lines := [line.strip() for line in itertools.islice(file, LINES_AT_ONCE)]:
-                encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
-                for line, encoding in zip(lines, encodings, strict=True):
-                    if line:
-                        example = builder.add(encoding.ids)
-                    elif profile.corpus.blank_lines_separate_documents:
-                        example = builder.end()
-                    else:
-                        continue
-                    if example:
-                        yield example
-                done += sum(len(line.encode()) + 1 for line in lines)
-                on_bytes(done)
-        if example := builder.end():
-            yield example
+    return vocab.Words(lambda word: tokenizer.encode(word, add_special_tokens=False).ids).ids
 
 
 def write(directory: Path, examples: Iterable[Example], vocab_size: int) -> int:
@@ -119,6 +118,26 @@ def write(directory: Path, examples: Iterable[Example], vocab_size: int) -> int:
             index.write(array.array("q", (end, example.first)).tobytes())
     write_json(directory / "store.json", {"dtype": f"<u{array.array(code).itemsize}", "examples": number})
     return number
+
+
+def join(stores: Sequence[Path], directory: Path) -> None:
+    """Write one store with the examples of several, one after the other."""
+    directory.mkdir()
+    number, end = 0, 0
+    dtypes = set()
+    with (directory / "tokens.bin").open("wb") as tokens, (directory / "index.bin").open("wb") as index:
+        for store in stores:
+            facts = json.loads((store / "store.json").read_text(encoding="utf-8"))
+            dtypes.add(facts["dtype"])
+            number += facts["examples"]
+            with (store / "tokens.bin").open("rb") as file:
+                shutil.copyfileobj(file, tokens, 2**20)
+            with (store / "index.bin").open("rb") as file:
+                while rows := file.read(2**20):
+                    index.write((np.frombuffer(rows, "<i8").reshape(-1, 2) + np.array([end, 0])).tobytes())
+            end = tokens.tell() // np.dtype(facts["dtype"]).itemsize
+    (dtype,) = dtypes
+    write_json(directory / "store.json", {"dtype": dtype, "examples": number})
 
 
 class Store:
@@ -149,3 +168,17 @@ class Store:
         inside = places < sizes[:, None]
         flat = np.where(inside, (self._index[numbers, 0] - sizes)[:, None] + places, 0)
         return np.where(inside, self._tokens[flat], 0).astype(np.int64), self._index[numbers, 1]
+
+
+def main(text: str, vocabulary: str, out: str, jobs: dict[str, Any], **keys: Any) -> None:
+    """Build parts of the examples of the shards in `text`; `keys` are those of `build`."""
+    shards, tokens = sorted(Path(text).iterdir()), vocab.read(Path(vocabulary))
+
+    def job(number: int, store: Path) -> int:
+        return write(store, build(shards[number], number, tokens, **keys), len(tokens))
+
+    parts.build(job, Path(out), **jobs)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -17,8 +17,7 @@ from electra_wrap import corpus, process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.native import engine as native
 from electra_wrap.profile import NETWORKS
-from electra_wrap.progress import Meter
-from electra_wrap.rundir import finish, write_json, write_text
+from electra_wrap.rundir import finish, link, write_json, write_text
 from electra_wrap.upstream import checkout
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The stage that makes training data, its outputs (training, held out), and the packages behind each stage.
 DATA, OUTPUTS = "tfrecords", ("pretrain_tfrecords", "heldout_tfrecords")
-PACKAGES = {DATA: ("tensorflow",), "train": ("tensorflow",), "convert": ("tensorflow", "safetensors")}
+PACKAGES = {DATA: (), "train": ("tensorflow",), "convert": ("tensorflow", "safetensors")}
 
 #: Text for each record file. Upstream's 1000 files are for a corpus of gigabytes; training mixes the files.
 BYTES_PER_RECORD_FILE = 2**20
@@ -39,7 +38,6 @@ CREDIT = "[google-research/electra](https://github.com/google-research/electra),
 
 #: A line of upstream's ETAHook, e.g. `20/200 = 10.0%, SPS: 3.1, ELAP: 9, ETA: 58 - loss: 41.2034`.
 _STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
-_JOB_DONE = re.compile(r"^Job (\d+): Done!$")
 
 
 def versions() -> dict[str, str]:
@@ -58,51 +56,51 @@ def prepare(run: Run) -> None:
     checkout.ensure(run.upstream)
 
 
-def record_files(text_bytes: int, shards: int) -> int:
-    """Number of record files for so much text: about one for each MiB, a multiple of `shards`, at most 1000 or so."""
-    wanted = min(1000, max(1, text_bytes // BYTES_PER_RECORD_FILE))
-    return shards * max(1, round(wanted / shards))
+def record_files(text_bytes: int) -> int:
+    """Number of record files that fit so much text: about one for each MiB, at most 1000."""
+    return min(1000, max(1, text_bytes // BYTES_PER_RECORD_FILE))
 
 
-def build(run: Run, text: Path, out: Path) -> int:
-    """Build the records of the shards in `text` with one process for each; return the number of examples."""
-    parts = list(text.iterdir())
-    if all(path.match(corpus.RECORDS) for path in parts):
-        number = native.records(run, text, None)
-        shutil.copytree(text, out)
-        return number
+def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_line: Callable[[str], None]) -> None:
+    """Build parts of the records of `text`, a shard each, under `out`; `jobs` are the keywords of `parts.build`."""
+    shards = list(text.iterdir())
+    files = record_files(sum(path.stat().st_size for path in shards))
     keys = run.profile.tokenizer
     arguments = [
         f"--corpus-dir={text}",
         f"--vocab-file={run.vocabulary}",
         f"--output-dir={out}",
         f"--max-seq-length={run.profile.model.max_seq_length}",
-        f"--num-processes={len(parts)}",
-        f"--num-out-files={record_files(sum(path.stat().st_size for path in parts), len(parts))}",
+        f"--num-processes={len(shards)}",
+        f"--num-out-files={len(shards) * max(1, round(files / len(shards)))}",
         f"--blanks-separate-docs={run.profile.corpus.blank_lines_separate_documents}",
         f"--seed={run.profile.train.seed}",
+        f"--jobs={json.dumps(jobs)}",
         "--do-lower-case" if keys.lowercase else "--no-lower-case",
         "--do-strip-accents" if keys.strip_accents else "--no-strip-accents",
     ]
-    done: set[str] = set()
-    with Meter(f"tfrecords of {text.name}", len(parts), "shards") as meter:
-
-        def read(line: str) -> None:
-            if match := _JOB_DONE.match(line):
-                done.add(match[1])
-                meter.update(len(done))
-
-        script(run, "build_pretraining_dataset.py", arguments, {"CUDA_VISIBLE_DEVICES": "-1"}, read)
-    return sum(count(path) for path in out.iterdir())
+    script(run, "build_pretraining_dataset.py", arguments, {}, log, on_line)
 
 
-def count(path: Path) -> int:
-    """Number of records in a TFRecord file: 8 bytes of length, 4 of checksum, the record, 4 of checksum."""
-    number = 0
-    with path.open("rb") as file:
-        while header := file.read(12):
-            file.seek(int.from_bytes(header[:8], "little") + 4, 1)
-            number += 1
+def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
+    """Make the records of `text` from those of its parts: the same files, or where those are small, fewer."""
+    out.mkdir()
+    wanted = record_files(sum(path.stat().st_size for path in text.iterdir()))
+    if wanted >= len(parts):
+        for file in (file for part in parts for file in part.glob(corpus.RECORDS)):
+            link(file, out / file.name)
+        return
+    for number in range(wanted):
+        with (out / f"pretrain_data.tfrecord-{number}-of-{wanted}").open("wb") as target:
+            for file in (file for part in parts[number::wanted] for file in sorted(part.glob(corpus.RECORDS))):
+                with file.open("rb") as source:
+                    shutil.copyfileobj(source, target, 2**20)
+
+
+def take(run: Run, records: Path, out: Path) -> int:
+    """Take records that were made elsewhere as they are, if they fit; return the number of examples."""
+    number = native.read_records(run, records, None)
+    shutil.copytree(records, out)
     return number
 
 
@@ -126,13 +124,14 @@ def train(run: Run, gpus: Sequence[str], on_step: Callable[[int, float], None]) 
         **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpus else {}),
     }
     arguments = [f"--data-dir={run.directory.path}", f"--model-name={run.profile.model_name}", f"--hparams={path}"]
-    script(run, "run_pretraining.py", arguments, environment, read)
+    script(run, "run_pretraining.py", arguments, environment, run.log("train"), read)
 
 
-def script(run: Run, name: str, arguments: list[str], extra: dict[str, str], on_line: Callable[[str], None]) -> None:
-    """Run one of the scripts, of a checkout that is verified first, with its output in the stage's log."""
+def script(
+    run: Run, name: str, arguments: list[str], extra: dict[str, str], log: Path, on_line: Callable[[str], None]
+) -> None:
+    """Run one of the scripts, of a checkout that is verified first, with its output in `log`."""
     source = checkout.ensure(run.upstream)
-    log = run.log("train" if name == "run_pretraining.py" else DATA)
     argv = [sys.executable, "-s", str(source / name), *arguments]
     process.run(argv, cwd=source, env=process.environment(extra), log=log, on_line=on_line)
 

@@ -1,0 +1,306 @@
+"""Where text comes from: files, URLs, data sets of a hub; read once, from front to back, as it arrives."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from backports import zstd
+
+from electra_wrap.errors import EnvironmentLacks, UsageError
+
+#: A data set of a hub: hf://datasets/NAME[@REVISION][:CONFIG[:SPLIT[:COLUMN]]].
+DATASET = "hf://datasets/"
+
+#: Compressed text, by the end of its name. Each knows where it ends, so that a cut one is an error.
+_COMPRESSED = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": zstd.ZstdFile,
+}
+
+#: What their readers raise when they are cut or corrupt.
+_BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstd.ZstdError)
+
+#: Archives of several files: read as text they are noise.
+_ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
+
+#: Seconds before each new attempt at a transfer that broke off, and without a byte until one counts as broken off.
+PAUSES, PATIENCE = (1, 2, 4, 8, 16), 60
+
+
+#: Bytes of the first request over HTTP. Each further one is for twice as many, so that a corpus of which only the
+#: beginning is wanted costs little more than that, and a whole one few requests.
+FIRST_BLOCK, LAST_BLOCK = 2**19, 2**26
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name
+
+
+def expand(name: str) -> list[str]:
+    """The files that a source names: itself, or where it is a URL with `*`, those that match."""
+    if not is_remote(name) or "*" not in name:
+        return [name]
+    filesystem, path = _filesystem(name)
+    found = sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    if not found:
+        raise UsageError(f"corpus.source = {name!r} matches nothing; correct it")
+    return found
+
+
+class Stream:
+    """A source's text as bytes, decompressed: `readline`, and how far it is read.
+
+    EnvironmentLacks if a transfer fails for good; UsageError if there is no such source, if it is cut or corrupt, or
+    if its digest (that of the bytes as they are stored) is not `sha256`.
+    """
+
+    def __init__(self, name: str, sha256: str | None = None, offset: int = 0) -> None:
+        """Begin `offset` bytes into the text."""
+        self.name, self._sha256, self._hash = name, sha256, hashlib.sha256()
+        kind = _COMPRESSED.get(Path(name).suffix) if not name.startswith(DATASET) else None
+        if not name.startswith(DATASET) and (name.endswith(_ARCHIVES) or ".tar." in Path(name).name):
+            raise UsageError(f"{name}: an archive of files is not read; unpack it")
+        skipped = 0 if kind or sha256 or name.startswith(DATASET) else offset
+        if name.startswith(DATASET):
+            self._raw: io.RawIOBase = _Dataset(name)
+        elif is_remote(name):
+            self._raw = _Remote(name, skipped)
+        else:
+            self._raw = io.FileIO(name)
+            self._raw.seek(skipped)
+        self.done = skipped
+        counted = io.BufferedReader(_Tap(self._raw, self._tap), 2**16)
+        self._stored = counted
+        self._text = cast(BinaryIO, io.BufferedReader(kind(counted), 2**16) if kind else counted)  # type: ignore
+        offset -= skipped
+        while offset and (known := self._guarded(self._text.read, min(offset, 2**20))):
+            offset -= len(known)
+
+    def _tap(self, data: memoryview) -> None:
+        self.done += len(data)
+        if self._sha256:
+            self._hash.update(data)
+
+    @property
+    def version(self) -> str | None:
+        """What a server says of which version of a file this is, if it does."""
+        return getattr(self._raw, "version", None)
+
+    @property
+    def size(self) -> int:
+        """Bytes as they are stored; 0 if that is not known."""
+        return Path(self.name).stat().st_size if isinstance(self._raw, io.FileIO) else getattr(self._raw, "size", 0)
+
+    def readline(self, limit: int) -> bytes:
+        """Return the next line with its end, or `limit` bytes of it; nothing at the end of the text."""
+        line = self._guarded(self._text.readline, limit)
+        if not line and self._sha256:
+            while self._guarded(self._stored.read, 2**20):
+                pass
+            if (digest := self._hash.hexdigest()) != self._sha256:
+                raise UsageError(f"{self.name} has sha256 {digest}, the profile says {self._sha256}; correct one")
+        return line
+
+    def _guarded(self, read: Any, size: int) -> bytes:
+        try:
+            return cast(bytes, read(size))
+        except (*_BROKEN, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the file, not of what is in it: bz2 has no error of its own
+            raise UsageError(f"{self.name}: cannot be read as text: {error}; replace the file") from None
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+class _Tap(io.RawIOBase):
+    """A file whose bytes someone sees pass."""
+
+    def __init__(self, file: io.RawIOBase, see: Any) -> None:
+        self._file, self._see = file, see
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        number = self._file.readinto(buffer) or 0
+        self._see(memoryview(buffer)[:number])
+        return number
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it. EnvironmentLacks if its package is not installed."""
+    options: dict[str, Any] = {}
+    if _is_http(url):
+        import aiohttp
+
+        options = {
+            "client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)},
+            "skip_instance_cache": True,
+        }
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise EnvironmentLacks(f"corpus.source = {url!r}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"corpus.source = {url!r}: {error}; correct it") from None
+    return found
+
+
+class _Remote(io.RawIOBase):
+    """A file behind a URL, read in order.
+
+    A transfer that breaks off goes on where it stopped; where a server cannot do that, it begins again and what is
+    known is left out.
+    """
+
+    def __init__(self, url: str, position: int) -> None:
+        self._url, self._position = url, position
+        self.version: str | None = None
+        self.size, self._block = 0, FIRST_BLOCK
+        self._filesystem, self._path = _filesystem(url)
+        self._file: Any = None
+        self._attempt(lambda: b"")  # so that size and version are known
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._attempt(lambda: self._read(len(buffer)))
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, number: int) -> bytes:
+        data = self._file.read(number)
+        if not data and self._position < self.size:
+            self._block = min(2 * self._block, LAST_BLOCK)
+            self._file = self._open()
+            if not (data := self._file.read(number)):
+                raise EOFError("the server sends nothing more")
+        return cast(bytes, data)
+
+    def _attempt(self, do: Callable[[], bytes]) -> bytes:
+        """Open the file if it is not, and do something with it, until that goes well."""
+        for pause in (*PAUSES, None):
+            try:
+                if self._file is None:
+                    self._file = self._open()
+                return do()
+            except FileNotFoundError:
+                raise UsageError(f"corpus.source = {self._url!r}: there is no such file; correct it") from None
+            except UsageError:
+                raise
+            except Exception as error:  # each file system has errors of its own
+                self._file = None
+                refused = type(error).__name__ == "ClientResponseError" and getattr(error, "status", 0) < 500
+                if pause is None or refused:
+                    said = " ".join(str(error).split()) or type(error).__name__
+                    raise EnvironmentLacks(
+                        f"{self._url} cannot be read beyond byte {self._position:,} ({said}); run again later"
+                    ) from None
+                time.sleep(pause)
+        raise AssertionError
+
+    def _open(self) -> Any:
+        """Open the file at the position; over HTTP, a block of it, which is all that is sent if no more is read."""
+        if not _is_http(self._url):
+            file = self._filesystem.open(self._path, "rb")
+            file.seek(self._position)
+            self.size = file.size or 0
+            return file
+        last = self._position + self._block - 1
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-{last}"}
+        # With a size, fsspec does not ask for it; without blocks of its own, it passes on what comes.
+        file = self._filesystem.open(self._path, "rb", block_size=0, size=1, headers=headers)
+        response = file.r
+        if response.status not in (200, 206):
+            response.raise_for_status()
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if self.version not in (None, version):
+            raise UsageError(f"{self._url} changed while it was read; run again to begin anew")
+        self.version = version
+        if response.status == 206:
+            self.size = int(response.headers["Content-Range"].rpartition("/")[2])
+            return file
+        self.size = int(response.headers.get("Content-Length") or 0)
+        known = self._position
+        while known:
+            if not (data := file.read(min(known, 2**16))):
+                raise EOFError("it is shorter than before")
+            known -= len(data)
+        return file
+
+    def close(self) -> None:
+        if not self.closed and self._file is not None:
+            with contextlib.suppress(Exception):
+                self._file.close()
+        super().close()
+
+
+class _Dataset(io.RawIOBase):
+    """A data set of a hub as text: its rows one after the other, with a blank line after each."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rows, self._pending = self._open(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            if (row := next(self._rows, None)) is None:
+                return 0
+            self._pending = re.sub(r"\n\s*\n", "\n", row).encode() + b"\n\n"
+        number = min(len(buffer), len(self._pending))
+        buffer[:number], self._pending = self._pending[:number], self._pending[number:]
+        return number
+
+    def _open(self) -> Iterator[str]:
+        try:
+            import datasets
+        except ImportError:
+            raise EnvironmentLacks(f"{self._name} needs a package: pip install 'electra-wrap[datasets]'") from None
+        name, config, split, column, *more = [*self._name.removeprefix(DATASET).split(":"), "", "", ""][:5]
+        if any(more) or not name:
+            raise UsageError(f"corpus.source = {self._name!r} is not {DATASET}NAME[:CONFIG[:SPLIT[:COLUMN]]]")
+        name, _, revision = name.partition("@")
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        split, column = split or "train", column or "text"
+        try:
+            rows = datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
+            first = next(iter(rows), {column: ""})
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"{self._name}: {' '.join(str(error).split())}; correct corpus.source") from None
+        except Exception as error:
+            raise EnvironmentLacks(f"{self._name} cannot be read ({' '.join(str(error).split())})") from None
+        if not isinstance(first.get(column), str):
+            raise UsageError(f"{self._name}: no text in a column {column!r}; there are {', '.join(first)}")
+        return self._texts(rows, column)
+
+    def _texts(self, rows: Any, column: str) -> Iterator[str]:
+        try:
+            for row in rows:
+                yield row[column] or ""
+        except Exception as error:
+            raise EnvironmentLacks(f"{self._name} cannot be read on ({error}); run again later") from None

@@ -1,0 +1,210 @@
+"""Where text comes from: whole or not at all, read once, and no more than is asked for."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import http.server
+import json
+import lzma
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from backports import zstd
+
+from electra_wrap import corpus, sources
+from electra_wrap.errors import EnvironmentLacks, UsageError
+from electra_wrap.profile import Corpus
+
+TEXT = "".join(f"línea {i}: {'áéíóú ' * (i % 9)}{i * i}\n" + "\n" * (i % 10 == 0) for i in range(20_000)).encode()
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".txt": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda text: zstd.compress(text, options={zstd.CompressionParameter.checksum_flag: 1}),
+}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files`; `sent` is how much of them. `breaks`: after so many bytes it ends a connection, once each."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.sent = 0
+        self.requests: list[str | None] = []
+        self.breaks: list[int] = []
+        self.ranges = True
+        self.status = 200
+        self.after: Callable[[], None] = lambda: None
+
+    def url(self, name: str, content: bytes) -> str:
+        self.files[f"/{name}"] = content
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has enough hangs up."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server, content = self.server, self.server.files.get(self.path)
+        server.requests.append(self.headers.get("Range"))
+        if content is None or server.status != 200:
+            self.send_error(404 if content is None else server.status)
+            return
+        start, end = 0, len(content)
+        if server.ranges and (match := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")):
+            start, end = int(match[1]), min(end, int(match[2]) + 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        self.end_headers()
+        most = server.breaks.pop(0) if server.breaks else end - start
+        self.wfile.write(content[start : min(end, start + most)])
+        server.sent += min(end - start, most)
+        if most < end - start:
+            self.close_connection = True
+            server.after()
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(sources, "PAUSES", (0, 0, 0))
+    with Server() as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield one
+        one.shutdown()
+
+
+def read(name: str, sha256: str | None = None, offset: int = 0) -> bytes:
+    stream = sources.Stream(name, sha256, offset)
+    try:
+        return b"".join(iter(lambda: stream.readline(1000), b""))
+    finally:
+        stream.close()
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_text_is_read_and_a_cut_or_damaged_archive_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"es{suffix}"
+    compress = COMPRESS[suffix]
+    path.write_bytes(compress(TEXT[:1000]) + compress(TEXT[1000:]))  # of several parts, as parallel compressors write
+    assert read(str(path)) == TEXT
+    assert read(str(path), offset=5000) == TEXT[5000:]
+    if suffix != ".txt":
+        whole = compress(TEXT)
+        for damaged in (whole[:-20], whole[: len(whole) // 2], whole[:100] + b"damage!!" + whole[108:]):
+            path.write_bytes(damaged)
+            with pytest.raises(UsageError, match=f"es{suffix}: cannot be read as text"):
+                read(str(path))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("suffix", [".txt", ".gz"])
+def test_a_transfer_that_breaks_off_goes_on(server: Server, suffix: str, ranges: bool) -> None:
+    content = COMPRESS[suffix](TEXT)
+    server.ranges, server.breaks = ranges, [70_000, len(content) // 3, 10]
+    assert read(server.url(f"es{suffix}", content), hashlib.sha256(content).hexdigest()) == TEXT
+    assert not server.breaks
+    assert server.sent <= len(content) * (1 if ranges else 2) + 70_000 + len(content) // 3 + 10
+    assert read(server.url(f"es{suffix}", content), offset=9000) == TEXT[9000:]
+
+
+def test_a_transfer_that_fails_for_good_is_said(server: Server) -> None:
+    url = server.url("es.txt", TEXT)
+    server.breaks = [1000] + [0] * 6
+    with pytest.raises(EnvironmentLacks, match=r"es\.txt cannot be read beyond byte [0-9,]+ .*; run again"):
+        read(url)
+    server.status = 503
+    with pytest.raises(EnvironmentLacks, match="503"):
+        read(url)
+    server.status, before = 403, len(server.requests)
+    with pytest.raises(EnvironmentLacks, match="403"):
+        read(url)
+    assert len(server.requests) == before + 1, "what is forbidden is not asked for again"
+    with pytest.raises(UsageError, match="there is no such file"):
+        read(f"{url}.gz")
+
+
+def test_a_file_that_changes_on_the_way_is_not_mixed(server: Server) -> None:
+    url = server.url("es.txt", TEXT)
+    server.breaks, server.after = [1000], lambda: server.files.update({"/es.txt": TEXT.upper()})
+    with pytest.raises(UsageError, match="changed while it was read"):
+        read(url)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".gz"])
+def test_the_digest_is_that_of_the_whole_file(server: Server, tmp_path: Path, suffix: str) -> None:
+    content = COMPRESS[suffix](TEXT)
+    digest = hashlib.sha256(content).hexdigest()
+    path = tmp_path / f"es{suffix}"
+    path.write_bytes(content)
+    for name in (str(path), server.url(f"es{suffix}", content)):
+        assert read(name, digest, 4000) == TEXT[4000:]
+        with pytest.raises(UsageError, match=f"has sha256 {digest}, the profile says 0000"):
+            read(name, "0" * 64)
+
+
+def test_max_lines_ends_the_transfer(server: Server, tmp_path: Path) -> None:
+    """Of text that is compressed to 12 MB, one line in a hundred costs a first block and no more."""
+    lines = [hashlib.sha256(bytes([i % 256, i // 256 % 256, i // 65536])).hexdigest() for i in range(320_000)]
+    content = gzip.compress("\n".join(lines).encode(), 1)
+    keys = Corpus(source="", shards=2, max_lines=3200, blank_lines_separate_documents=False)
+    counts = corpus.shard([server.url("es.gz", content)], tmp_path / "work", keys)
+    assert counts.lines == 3200 and len(content) > 10_000_000
+    assert server.sent == sources.FIRST_BLOCK
+
+
+def test_any_file_system_is_read_and_its_globs(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for number, suffix in enumerate(COMPRESS):
+        memory.pipe(f"/corpus/{number}{suffix}", COMPRESS[suffix](f"texto {number}\n".encode()))
+    names = corpus.find(["memory://corpus/*"], tmp_path)
+    assert names == ["memory://corpus/*"]
+    corpus.shard(names, tmp_path / "work", Corpus(source="", shards=1))
+    shard = (tmp_path / "work" / "corpus" / "part-00000.txt").read_text(encoding="utf-8")
+    assert shard == "".join(f"texto {number}\n\n" for number in range(len(COMPRESS)))
+    with pytest.raises(UsageError, match="matches nothing"):
+        sources.expand("memory://corpus/*.txt.gz")
+    with pytest.raises(UsageError, match=r"Protocol not known: nowhere"):
+        sources.Stream("nowhere://corpus/es.txt")
+
+
+@pytest.mark.parametrize("name", ["es.zip", "es.tar.gz", "es.tgz", "es.7z"])
+def test_an_archive_of_files_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match="unpack it"):
+        sources.Stream(str(tmp_path / name))
+
+
+def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = ["Uno.\nDos.\n\n \nTres.", "", "Cuatro.", "Cinco."]
+    (tmp_path / "es").mkdir()
+    (tmp_path / "es" / "es.jsonl").write_text("".join(json.dumps({"texto": r}) + "\n" for r in rows), encoding="utf-8")
+    name = f"{sources.DATASET}{tmp_path}/es::train:texto"
+    assert read(name).decode() == "Uno.\nDos.\nTres.\n\n\n\nCuatro.\n\nCinco.\n\n"
+    assert read(name, offset=5) == b"Dos.\n" + read(name, offset=10)
+    counts = corpus.shard([name], tmp_path / "work", Corpus(source="", shards=1))
+    assert (counts.lines, counts.documents) == (5, 3)
+    with pytest.raises(UsageError, match=r"no text in a column 'text'; there are texto"):
+        sources.Stream(f"{sources.DATASET}{tmp_path}/es")
+    with pytest.raises(UsageError, match="is not hf://datasets/NAME"):
+        sources.Stream(f"{sources.DATASET}a:b:c:d:e")
