@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def profiles(arguments: argparse.Namespace) -> None:
     for name, description in profile.shipped():
-        print(f"{name:15} {description}")
+        print(f"{name:18} {description}")
 
 
 def show(arguments: argparse.Namespace) -> None:

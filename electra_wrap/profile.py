@@ -303,7 +303,7 @@ def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]
 
 def shipped() -> Iterator[tuple[str, str]]:
     """Yield name and description of each profile in configs/."""
-    for path in sorted(paths.CONFIGS.glob("*.toml")):
+    for path in sorted(paths.CONFIGS.glob("*.toml"), key=lambda path: path.stem):
         values, _ = _read(path)
         yield path.stem, str(values.get("description", ""))
 

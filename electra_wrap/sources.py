@@ -7,7 +7,9 @@ import contextlib
 import gzip
 import hashlib
 import io
+import logging
 import lzma
+import os
 import re
 import time
 import zlib
@@ -276,6 +278,7 @@ class _Dataset(io.RawIOBase):
         return number
 
     def _open(self) -> Iterator[str]:
+        os.environ["USE_TORCH"] = "0"  # else it imports PyTorch, for a format nobody asked for
         try:
             import datasets
         except ImportError:
@@ -284,13 +287,14 @@ class _Dataset(io.RawIOBase):
         if any(more) or not name:
             raise UsageError(f"corpus.source = {self._name!r} is not {DATASET}NAME[:CONFIG[:SPLIT[:COLUMN]]]")
         name, _, revision = name.partition("@")
-        datasets.logging.set_verbosity_error()
+        for library in ("datasets", "huggingface_hub"):  # they retry for half a minute, and tell each time
+            logging.getLogger(library).setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         split, column = split or "train", column or "text"
         try:
             rows = datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
             first = next(iter(rows), {column: ""})
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
             raise UsageError(f"{self._name}: {' '.join(str(error).split())}; correct corpus.source") from None
         except Exception as error:
             raise EnvironmentLacks(f"{self._name} cannot be read ({' '.join(str(error).split())})") from None

@@ -630,8 +630,10 @@ def _do(run: Run, stage: Stage) -> None:
         "inputs": stage.inputs(run),
         "versions": versions(run, stage),
     }
-    same = recorded and all(recorded[key] == entry[key] for key in ("inputs", "versions"))
-    if not (stage.scratch and same and recorded["outcome"] != "done"):  # else it goes on with what is there
+    begun = any((run.directory / name).exists() for name in stage.scratch) and recorded.get("outcome") != "done"
+    if not (
+        begun and all(recorded.get(key) == entry[key] for key in ("inputs", "versions"))
+    ):  # else it goes on with that
         for name in stage.outputs:
             if aside := run.directory.set_aside(run.directory / name):
                 say(f"{stage.name}: the former {name} is now {aside.name}")

@@ -160,7 +160,13 @@ def test_bench_measures(cli: Cli) -> None:
 
 def test_profiles_lists_names_and_descriptions(cli: Cli) -> None:
     lines = cli("profiles").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["spanish-base", "spanish-demo", "spanish-small", "spanish-tiny"]
+    assert [line.split()[0] for line in lines] == [
+        "spanish-base",
+        "spanish-demo",
+        "spanish-small",
+        "spanish-small-32k",
+        "spanish-tiny",
+    ]
 
 
 def test_a_gpu_that_is_not_there_is_said_before_any_work(cli: Cli, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
+import signal
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -61,6 +64,117 @@ def test_a_line_is_what_upstreams_reader_calls_a_line(tmp_path: Path) -> None:
     counts, parts, _ = shard(tmp_path, [write(tmp_path / "t", raw)], shards=1)
     assert parts == ["uno\ndos tres cuatro cinco\n\nseis\ufffd\n\n"]
     assert counts.invalid_utf8 == 1
+
+
+BAD = {
+    "invalid_utf8": b"ma\xf1ana ser\xe1 otro d\xeda\n",
+    "control_characters": b"uno\x00dos \x1b[1mtres\n",
+    "enormous_lines": b"palabra " * 15_000 + b"fin\n",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_line_is_counted_and_repaired_skipped_or_refused(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "t", b"antes\n" + BAD[kind] + b"despu\xc3\xa9s\n")
+    repaired = {
+        "invalid_utf8": "ma�ana ser� otro d�a\n",
+        "control_characters": "unodos [1mtres\n",
+        "enormous_lines": "palabra " * 12_499 + "palabra\n" + "palabra " * 2500 + "fin\n",
+    }[kind]
+    counts, (text,), _ = shard(tmp_path, [path], shards=1)
+    assert text == f"antes\n{repaired}después\n\n" and getattr(counts, kind) == 1 and counts.skipped_lines == 0
+    counts, (text,), _ = shard(tmp_path, [path], shards=1, bad_lines="skip")
+    assert text == "antes\ndespués\n\n" and getattr(counts, kind) == counts.skipped_lines == 1
+    with pytest.raises(UsageError, match=rf"/t: line 2 of the corpus is one of the {corpus.FINDINGS[kind]}"):
+        shard(tmp_path, [path], shards=1, bad_lines="stop")
+
+
+def test_what_is_no_damage_is_mended_and_counted(tmp_path: Path) -> None:
+    raw = "\ufeffuno\r\ndos\r\n\r\n\r\n\n\ufefftres\n".encode()
+    for policy in ("repair", "skip", "stop"):
+        counts, parts, _ = shard(tmp_path, [write(tmp_path / "t", raw)], shards=1, bad_lines=policy)
+        assert parts == ["uno\ndos\n\ntres\n\n"]
+        assert (counts.byte_order_marks, counts.crlf_lines, counts.empty_documents, counts.documents) == (2, 2, 2, 2)
+
+
+def test_another_encoding_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is UTF-16; convert it"):
+        shard(tmp_path, [write(tmp_path / "t", "hola".encode("utf-16"))])
+
+
+def test_a_long_document_is_held_out_whole_or_not_at_all(tmp_path: Path) -> None:
+    documents = [f"{i}\n" * 2500 for i in range(20)]
+    _, parts, held_out = shard(tmp_path, [write(tmp_path / "t", "\n".join(documents))], held_out=0.3)
+    assert held_out and not set(held_out.split()) & set("".join(parts).split())
+
+
+def test_text_in_front_does_not_change_what_is_held_out(tmp_path: Path) -> None:
+    """Without blank lines, a thousand lines of a file are a document: of that file, not of what came before."""
+    keys: dict[str, Any] = {"held_out": 0.3, "blank_lines_separate_documents": False}
+    old = write(tmp_path / "b", "".join(f"frase {i}\n" for i in range(20_000)))
+    _, _, held_out = shard(tmp_path, [old], **keys)
+    _, _, more = shard(tmp_path, [write(tmp_path / "a", "nueva\n" * 1234), old], **keys)
+    assert held_out and set(held_out.splitlines()) <= set(more.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, ["uno\ndos\n", "uno\ndos\n", "uno\ntres\n"]),
+        ({"deduplicate": "documents"}, ["uno\ndos\n", "uno\ntres\n"]),
+        ({"deduplicate": "lines"}, ["uno\ndos\n", "tres\n"]),
+    ],
+)
+def test_duplicates_are_left_out_where_that_is_asked_for(tmp_path: Path, keys: Any, expected: list[str]) -> None:
+    path = write(tmp_path / "t", "uno\ndos\n\nuno\ndos\n\nuno\ntres\n")
+    counts, (text,), _ = shard(tmp_path, [path], shards=1, **keys)
+    assert text == "".join(f"{document}\n" for document in expected)
+    assert counts.duplicate_documents + counts.duplicate_lines == (0 if not keys else 1 if len(expected[-1]) > 5 else 3)
+
+
+def test_what_is_nearly_the_same_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    long = "En un lugar de la Mancha, de cuyo nombre no quiero acordarme, no ha mucho tiempo que vivía un hidalgo"
+    path = write(tmp_path / "t", f"{long}.\n\n{long}!\n\nDe los de lanza en astillero, adarga antigua y rocín flaco.\n")
+    counts, (text,), _ = shard(tmp_path, [path], shards=1, deduplicate="documents", similarity=0.8)
+    assert counts.duplicate_documents == 1 and "hidalgo." in text and "hidalgo!" not in text and "rocín" in text
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".gz"])
+@pytest.mark.parametrize("blank", [True, False])
+def test_sharding_that_was_killed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, blank: bool
+) -> None:
+    monkeypatch.setattr(corpus, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(corpus, "MAX_PIECE_LINES", 7)
+    text = "".join(f"documento {i}\n" * (i % 17) + "\n" for i in range(1, 200)).encode() + b"palabra " * 30_000
+    files = []
+    for i in range(2):
+        content = text[i * 999 :]
+        files.append(str(write(tmp_path / f"{i}{suffix}", gzip.compress(content) if suffix == ".gz" else content)))
+    keys = Corpus(source="", shards=3, held_out=0.2, max_lines=3000, blank_lines_separate_documents=blank)
+    expected = corpus.shard(files, tmp_path / "undisturbed", keys, ["identity"])
+    real, killed = corpus._Sharder._add, 0
+
+    def add(self: Any, raw: bytes, name: str) -> None:
+        if random.random() < 0.003:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, raw, name)
+
+    status = 1
+    while status:
+        random = Random(killed)
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr(corpus._Sharder, "_add", add)
+            corpus.shard(files, tmp_path / "killed", keys, ["identity"])
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        killed += status == signal.SIGKILL
+    assert killed > 5 and corpus.shard(files, tmp_path / "killed", keys, ["identity"]) == expected
+    for path in (tmp_path / "undisturbed").rglob("*.txt"):
+        assert (tmp_path / "killed" / path.relative_to(tmp_path / "undisturbed")).read_bytes() == path.read_bytes()
+    other = corpus.shard(files[:1], tmp_path / "killed", keys, ["another"])
+    assert other.lines < expected.lines, "what is there is of another corpus"
 
 
 def test_max_lines_and_file_ends(tmp_path: Path) -> None:

@@ -49,8 +49,14 @@ def test_shipped_profiles_load_and_describe_themselves(name: str) -> None:
     json.dumps(loaded.model_dump())
 
 
-def test_the_four_profiles_ship() -> None:
-    assert [name for name, _ in profile.shipped()] == ["spanish-base", "spanish-demo", "spanish-small", "spanish-tiny"]
+def test_the_profiles_that_ship() -> None:
+    assert [name for name, _ in profile.shipped()] == [
+        "spanish-base",
+        "spanish-demo",
+        "spanish-small",
+        "spanish-small-32k",
+        "spanish-tiny",
+    ]
 
 
 def test_spanish_demo_is_the_tutorials_run() -> None:

@@ -6,9 +6,11 @@ import bz2
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import json
 import lzma
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,9 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.compress,
     ".zst": lambda text: zstd.compress(text, options={zstd.CompressionParameter.checksum_flag: 1}),
 }
+
+
+needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -57,11 +62,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        server, content = self.server, self.server.files.get(self.path)
+        server, content = self.server, self.server.files.get(self.path.partition("?")[0])
         server.requests.append(self.headers.get("Range"))
         if content is None or server.status != 200:
-            self.send_error(404 if content is None else server.status)
+            self.send_response(404 if content is None else server.status)
+            self.send_header("X-Error-Code", "RepoNotFound" if "nada" in self.path else "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         start, end = 0, len(content)
         if server.ranges and (match := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")):
@@ -72,7 +83,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         most = server.breaks.pop(0) if server.breaks else end - start
         self.wfile.write(content[start : min(end, start + most)])
         server.sent += min(end - start, most)
@@ -187,6 +201,29 @@ def test_any_file_system_is_read_and_its_globs(tmp_path: Path) -> None:
         sources.Stream("nowhere://corpus/es.txt")
 
 
+@needs_datasets
+def test_a_data_set_comes_from_a_hub(server: Server, cli: Any, tmp_path: Path) -> None:
+    """As much of a hub as serves one data set, to the real client."""
+    files = {"README.md": b"---\nlicense: mit\n---\n", "train.jsonl": b'{"texto": "Uno.\\nDos."}\n{"texto": "Tres."}\n'}
+    server.ranges = False
+    for name, content in files.items():
+        for revision in ("main", "0" * 40):
+            server.url(f"datasets/ana/textos/resolve/{revision}/{name}", content)
+    listed = [{"type": "file", "path": name, "oid": "0" * 40, "size": len(c)} for name, c in files.items()]
+    server.url(f"api/datasets/ana/textos/tree/{'0' * 40}", json.dumps(listed).encode())
+    about = {"id": "ana/textos", "sha": "0" * 40, "private": False, "siblings": [{"rfilename": n} for n in files]}
+    for path in ("", f"/revision/{'0' * 40}", "/revision/main"):
+        url = server.url(f"api/datasets/ana/textos{path}", json.dumps(about).encode())
+    hub = {"HF_ENDPOINT": url.partition("/api")[0], "HF_HOME": str(tmp_path / "hf")}
+    arguments = ("run", "--until", "corpus", "--run-dir", "r", "--set", "corpus.shards=1", "--set")
+    done = cli(*arguments, "corpus.source=hf://datasets/ana/textos@main::train:texto", env=hub)
+    assert done.returncode == 0, done.stderr
+    held_out, text = ((tmp_path / "r" / name / "part-00000.txt").read_text() for name in ("heldout", "corpus"))
+    assert sorted(f"{held_out}{text}".split("\n\n")) == ["", "Tres.", "Uno.\nDos."]
+    missing = cli(*arguments, "corpus.source=hf://datasets/ana/nada", env=hub)
+    assert missing.returncode == 2 and "ana/nada" in missing.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["es.zip", "es.tar.gz", "es.tgz", "es.7z"])
 def test_an_archive_of_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
@@ -194,8 +231,8 @@ def test_an_archive_of_files_is_refused(tmp_path: Path, name: str) -> None:
         sources.Stream(str(tmp_path / name))
 
 
+@needs_datasets
 def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     rows = ["Uno.\nDos.\n\n \nTres.", "", "Cuatro.", "Cinco."]
     (tmp_path / "es").mkdir()
     (tmp_path / "es" / "es.jsonl").write_text("".join(json.dumps({"texto": r}) + "\n" for r in rows), encoding="utf-8")
@@ -206,5 +243,6 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     assert (counts.lines, counts.documents) == (5, 3)
     with pytest.raises(UsageError, match=r"no text in a column 'text'; there are texto"):
         sources.Stream(f"{sources.DATASET}{tmp_path}/es")
+    assert "torch" not in sys.modules, "the data set's library imports it unless it is told not to"
     with pytest.raises(UsageError, match="is not hf://datasets/NAME"):
         sources.Stream(f"{sources.DATASET}a:b:c:d:e")

@@ -17,7 +17,7 @@ import pytest
 
 from electra_wrap import paths, stages
 from electra_wrap.errors import StageFailed, UsageError
-from electra_wrap.rundir import RunDir
+from electra_wrap.rundir import RunDir, write_json
 from electra_wrap.stages import Run
 from electra_wrap.upstream import engine
 
@@ -183,6 +183,87 @@ def test_a_failed_stage_leaves_nothing_that_looks_finished(make_run: MakeRun, te
     assert run.recorded("tfrecords")["outcome"] == "failed"
     text.write_text("una frase\n\n" + "otra\n", encoding="utf-8")
     stages.execute(make_run("corpus.held_out=0"), "tfrecords")
+
+
+def built(run: Run) -> set[str]:
+    return {p.name for p in (run.directory / "pretrain_tfrecords.parts").glob("[0-9]" * 5)}
+
+
+def test_a_build_goes_on_with_the_parts_that_are_missing(make_run: MakeRun, text: Path) -> None:
+    text.write_text("una frase\n\n" + "CRASH\n", encoding="utf-8")
+    keys = ("corpus.held_out=0", "corpus.shards=2")
+    run = make_run(*keys)
+    with pytest.raises(StageFailed):
+        stages.execute(run, "tfrecords")
+    assert built(run) == {"00000"}
+    before = run.log("tfrecords").read_text(encoding="utf-8").count("job 0 begins")
+    (run.directory / "mended").touch()
+    stages.execute(make_run(*keys), "tfrecords")
+    assert make_run(*keys).recorded("tfrecords")["facts"] == {"examples": 4}
+    assert run.log("tfrecords").read_text(encoding="utf-8").count("job 0 begins") == before == 1
+    assert not built(run), "what was worked in is gone when all is done"
+
+
+def test_machines_that_share_a_run_directory_build_a_part_each(make_run: MakeRun, tmp_path: Path) -> None:
+    keys = ("corpus.shards=5",)
+    with pytest.raises(UsageError, match="corpus has to be done first, by one process: run --until vocab"):
+        stages.build_nth(make_run(*keys), 0, 2)
+    stages.execute(make_run(*keys), "vocab")
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    stages.build_nth(make_run(*keys), 1, 2)
+    assert built(make_run()) == {"00001", "00003"}
+    with pytest.raises(UsageError, match=r"parts of other settings: train.seed was 0 and is 1"):
+        stages.build_nth(make_run(*keys, "train.seed=1"), 0, 2)
+    with make_run().directory.lock(shared=True):  # as another one of them has it
+        stages.build_nth(make_run(*keys), 0, 2)
+        with pytest.raises(UsageError, match="is in use"):
+            stages.execute(make_run(*keys), "tfrecords")
+    assert built(make_run()) == {f"{number:05d}" for number in range(5)}
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before, "which they would overwrite for each other"
+    stages.execute(make_run(*keys), "tfrecords")
+    log = make_run().log("tfrecords")
+    assert not log.exists() or "job" not in log.read_text(encoding="utf-8"), "nothing was left to build"
+    alone = Run(make_run(*keys).profile, RunDir(tmp_path / "alone"))
+    stages.execute(alone, "tfrecords")
+    for name in ("pretrain_tfrecords", "heldout_tfrecords"):
+        assert alone.digest(name) == make_run().digest(name)
+
+
+def test_parts_of_other_settings_are_not_joined(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.execute(make_run(), "vocab")
+    stages.build_nth(make_run(), 0, 2)
+    stages.execute(make_run("train.seed=1"), "tfrecords")
+    assert "are of other settings (train.seed was 0 and is 1); discarded" in " ".join(capsys.readouterr().err.split())
+    other = Run(make_run("train.seed=1").profile, RunDir(make_run().directory.path.with_name("other")))
+    stages.execute(other, "tfrecords")
+    assert other.digest("pretrain_tfrecords") == make_run().digest("pretrain_tfrecords")
+
+
+@pytest.mark.parametrize("stage", ["corpus", "tfrecords"])
+def test_a_stage_killed_at_its_very_end_is_not_done_again(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Its outputs are in place, and the manifest does not say so yet: hours of work stay where they are."""
+    saves: list[RunDir] = []
+
+    def save(self: RunDir) -> None:
+        if saves:
+            raise KeyboardInterrupt
+        saves.append(self)
+        write_json(self.path / "manifest.json", self.manifest)
+
+    if stage != "corpus":
+        stages.execute(make_run(), "vocab")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "save", save)
+        stages.execute(make_run(), stage)
+    assert make_run().recorded(stage)["outcome"] == "interrupted"
+    output = make_run().directory / {"corpus": "corpus", "tfrecords": "pretrain_tfrecords"}[stage]
+    before = {path: path.stat().st_ino for path in output.iterdir()}
+    stages.execute(make_run(), stage)
+    assert {path: path.stat().st_ino for path in output.iterdir()} == before
+    assert make_run().recorded(stage)["outcome"] == "done" and make_run().recorded(stage)["facts"]
+    assert not [p.name for p in make_run().directory.path.iterdir() if ".old" in p.name or ".part" in p.name]
 
 
 def test_a_script_that_fails_shows_its_last_lines(make_run: MakeRun) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_weights
-from conftest import SPANISH, TESTS, child, tiny
+from conftest import SPANISH, TESTS, child, git, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,9 +28,11 @@ from electra_wrap import parts, paths, process, stages, vocab
 from electra_wrap.profile import NETWORKS, Profile
 from electra_wrap.rundir import RunDir
 from electra_wrap.stages import Run
-from electra_wrap.upstream import engine
+from electra_wrap.upstream import checkout, engine
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("upstream")]
+
+CASES = pytest.mark.parametrize(("lowercase", "strip_accents"), [(False, False), (True, False), (True, True)])
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,58 @@ def test_blank_lines_separate_documents_or_do_not(upstream: Path, finished: Run,
     assert done.returncode == 2 and "invalid bool value: 'no'" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def slow_script(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pinned script without the patch that makes it fast."""
+    directory = tmp_path_factory.mktemp("slow")
+    git(directory, "clone", "--quiet", "--no-checkout", checkout.Pin.read().url, "electra")
+    work = directory / "electra"
+    git(work, "checkout", "--quiet", checkout.Pin.read().commit)
+    for patch in sorted(paths.PATCHES.glob("*.patch")):
+        if "words-once" not in patch.name:
+            git(work, "apply", "--unidiff-zero", str(patch))
+    return work / "build_pretraining_dataset.py"
+
+
+@CASES
+def test_the_fast_script_writes_what_the_slow_one_writes(
+    slow_script: Path, upstream: Path, corpus_text: Path, tmp_path: Path, lowercase: bool, strip_accents: bool
+) -> None:
+    """Byte for byte: with lines of nothing, of what is dropped, of CJK, of words that are too long or unknown."""
+    odd = [
+        *SPANISH,
+        "\u200b\u200d",
+        "una [MASK] y [SEP]",
+        "x " * 100,
+        "",
+        "",
+        "中文。Ωμέγας\u0301 ﬁn\xad",
+        "ñ" * 201,
+        "½°§«a»—b_c",
+    ]
+    text = tmp_path / "text"
+    text.mkdir()
+    lines = [*corpus_text.read_text(encoding="utf-8").split("\n")[:300], *odd * 9, *reversed(odd)]
+    (text / "part-00000.txt").write_text("\n".join(lines), encoding="utf-8")
+    rules = {"lowercase": lowercase, "strip_accents": strip_accents}
+    vocab.train(text, tmp_path / "vocab.txt", vocab_size=400, sample_bytes=None, **rules)
+    arguments = [f"--corpus-dir={text}", f"--vocab-file={tmp_path}/vocab.txt", "--max-seq-length=48", "--seed=3"]
+    arguments += ["--num-processes=1", "--num-out-files=3", "--do-lower-case" if lowercase else "--no-lower-case"]
+    arguments += ["--do-strip-accents" if strip_accents else "--no-strip-accents"]
+    jobs = json.dumps({"numbers": [0], "workers": 1, "inputs": {}})
+    (tmp_path / "fast").mkdir()
+    for script, more in (
+        (slow_script, [f"--output-dir={tmp_path}/slow"]),
+        (upstream / "build_pretraining_dataset.py", [f"--output-dir={tmp_path}/fast", f"--jobs={jobs}"]),
+    ):
+        subprocess.run([sys.executable, script, *arguments, *more], env=process.environment({}), check=True)
+    made = sorted((tmp_path / "slow").iterdir())
+    assert len(made) == 3
+    for file in made:
+        assert file.read_bytes() == (tmp_path / "fast" / "00000" / file.name).read_bytes()
+    assert parts.facts(tmp_path / "fast" / "00000")["examples"] > 100
+
+
 def test_a_process_that_dies_fails_the_script(upstream: Path, finished: Run, tmp_path: Path) -> None:
     """Upstream's own script ended with code 0, and a part of the records was missing."""
     run = Run(finished.profile, RunDir(tmp_path / "run"))
@@ -142,9 +196,6 @@ def test_a_process_that_dies_fails_the_script(upstream: Path, finished: Run, tmp
         stages._data(run)
     assert "UnicodeDecodeError" in raised.value.tail
     assert not (run.directory / "pretrain_tfrecords").exists()
-
-
-CASES = pytest.mark.parametrize(("lowercase", "strip_accents"), [(False, False), (True, False), (True, True)])
 
 
 @pytest.fixture(scope="module")

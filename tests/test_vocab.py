@@ -59,12 +59,35 @@ def test_training_gives_the_same_vocabulary_every_time(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "part-00000.txt").write_text("\n".join(SPANISH * 3), encoding="utf-8")
     results = set()
     for i in range(3):
-        vocab.train(tmp_path / "corpus", tmp_path / f"v{i}", vocab_size=150, lowercase=False, strip_accents=False)
+        rules = {"lowercase": False, "strip_accents": False}
+        vocab.train(tmp_path / "corpus", tmp_path / f"v{i}", vocab_size=150, sample_bytes=None, **rules)
         results.add((tmp_path / f"v{i}").read_text(encoding="utf-8"))
     assert len(results) == 1
     tokens = vocab.read(tmp_path / "v0")
     assert tokens[:5] == list(vocab.SPECIAL_TOKENS) and len(tokens) == 150
     assert any("á" in token for token in tokens)
+
+
+def test_a_vocabulary_is_trained_on_a_sample_of_all_shards(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for number, word in enumerate(("alba", "brisa")):
+        text = f"{word}\n" * 100 + "zzz\n" * 1000
+        write(tmp_path / "corpus" / f"part-{number:05d}.txt", text.splitlines())
+    rules: dict[str, Any] = {"lowercase": False, "strip_accents": False}
+    assert list(vocab.sample(tmp_path / "corpus", 60)) == ["alba\n"] * 6 + ["brisa\n"] * 5
+    vocab.train(tmp_path / "corpus", tmp_path / "some", vocab_size=50, sample_bytes=60, **rules)
+    vocab.train(tmp_path / "corpus", tmp_path / "all", vocab_size=50, sample_bytes=None, **rules)
+    some, every = (vocab.read(tmp_path / name) for name in ("some", "all"))
+    assert {"alba", "brisa"} <= set(some) and "zzz" in every and "zzz" not in some
+
+
+def test_how_a_vocabulary_fits(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus" / "part-00000.txt", ["ab b", "", "x [MASK]", "ab ab ab ab ab ab ab ab"])
+    tokens = [*vocab.SPECIAL_TOKENS, "a", "b", "##b", "[", "]"]
+    found = vocab.measure(tmp_path / "corpus", tokens, lowercase=False, strip_accents=False, max_seq_length=8)
+    # a ##b | b | [UNK] | [ [UNK] ] | 8 × a ##b, of which an example of 8 has six tokens
+    assert found == {"tokens_per_word": 23 / 12, "unknown_share": 2 / 23, "cut_share": 10 / 23}
 
 
 def test_a_file_is_copied_if_its_digest_is_the_profiles(tmp_path: Path) -> None:
