@@ -30,7 +30,7 @@ MAX_LINE_BYTES = 100_000
 RECORDS = "pretrain_data.tfrecord-*"
 
 #: Seconds between the points from which sharding goes on after it was killed.
-SAVE_EVERY = 10.0
+SAVE_EVERY = 3.0
 
 #: Control characters that are no spaces either. Upstream's tokenizer drops them, so that nobody sees them.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")

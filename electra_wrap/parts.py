@@ -11,6 +11,7 @@ import concurrent.futures
 import io
 import json
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ def build(
     _job = job
     process.die_with_parent()
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, process.die_with_parent) as pool:
+    die = process.die_with_parent
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=die, initargs=(os.getpid(),)) as pool:
         try:
             futures = [pool.submit(_build, out, number, inputs) for number in numbers]
             for future in concurrent.futures.as_completed(futures):

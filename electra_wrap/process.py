@@ -36,12 +36,11 @@ INTERRUPTED = 75
 GRACE = 300
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however it ends."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the one that started it (default: by `run`) ends, however it ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before the kernel knew
-        os.kill(os.getpid(), signal.SIGKILL)
+    if os.getppid() != (parent or int(os.environ.get("ELECTRA_WRAP_PARENT", os.getppid()))):
+        os.kill(os.getpid(), signal.SIGKILL)  # it ended before the kernel knew
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -77,7 +76,7 @@ def run(
         child = subprocess.Popen(
             argv,
             cwd=cwd,
-            env=dict(env),
+            env={**env, "ELECTRA_WRAP_PARENT": str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

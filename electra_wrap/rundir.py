@@ -112,11 +112,11 @@ def partial(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.partial")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
     finish(temporary, path)
 
@@ -148,7 +148,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

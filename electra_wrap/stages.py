@@ -24,7 +24,7 @@ from electra_wrap import check, corpus, parts, process, sources, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
-from electra_wrap.rundir import RunDir, partial, write_json, write_text
+from electra_wrap.rundir import RunDir, partial, remove, write_json, write_text
 
 #: Keys of hparams.json with which a model may go on (they say how long and how often, not what), and those that
 #: `_data_inputs` has under the profile's names.
@@ -616,6 +616,8 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
             if reason(run, stage) is not None:
                 _do(run, stage)
                 done += 1
+            for name in stage.scratch:
+                remove(run.directory / name)
         run.directory.save()
     what = f"{done} of {len(wanted)} stages done" if done else "nothing to do: everything is up to date"
     say(f"{what}, {duration(time.monotonic() - began)}")
@@ -630,13 +632,14 @@ def _do(run: Run, stage: Stage) -> None:
         "inputs": stage.inputs(run),
         "versions": versions(run, stage),
     }
-    begun = any((run.directory / name).exists() for name in stage.scratch) and recorded.get("outcome") != "done"
-    if not (
-        begun and all(recorded.get(key) == entry[key] for key in ("inputs", "versions"))
-    ):  # else it goes on with that
-        for name in stage.outputs:
+    same = recorded.get("outcome") != "done" and all(recorded.get(key) == entry[key] for key in ("inputs", "versions"))
+    begun = any((run.directory / name).exists() for name in stage.scratch)
+    for name in stage.outputs:
+        if not same:
             if aside := run.directory.set_aside(run.directory / name):
                 say(f"{stage.name}: the former {name} is now {aside.name}")
+        elif not begun:  # made by an attempt that ended before it could say so; a stage that goes on keeps it
+            remove(run.directory / name)
     if stage.name == "train" and recorded and recorded["versions"] != entry["versions"]:
         say(f"train: continues with other versions: {_difference(recorded['versions'], entry['versions'])}")
     run.directory.manifest["stages"][run.key(stage.name)] = entry
@@ -655,8 +658,6 @@ def _do(run: Run, stage: Stage) -> None:
     finally:
         entry["seconds"] = round(time.monotonic() - began, 1)
         run.directory.save()
-    for name in stage.scratch:
-        shutil.rmtree(run.directory / name, ignore_errors=True)
 
 
 def versions(run: Run, stage: Stage) -> dict[str, str]:

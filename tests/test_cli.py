@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import campaign
 import pytest
+from conftest import SPANISH
 
 from electra_wrap import cli as cli_module
 from electra_wrap import paths
@@ -175,3 +177,10 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(cli: Cli, tmp_path: Pat
     error = done.stderr.splitlines()[-1]
     assert "PyTorch sees none" in error and "train.device=cpu" in error
     assert not (tmp_path / "runs" / "spanish-tiny" / "corpus").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """A short `campaign.py`."""
+    text = "\n".join(f"{line} {number}" for number in range(3000) for line in SPANISH).encode()
+    campaign.campaign(tmp_path, text, "native", kills=3, seed=1, say=print, seconds=1.0)
