@@ -35,6 +35,16 @@ SAVE_EVERY = 3.0
 #: Control characters that are no spaces either. Upstream's tokenizer drops them, so that nobody sees them.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
+#: How files begin that are no UTF-8 text, and what they are.
+_NO_TEXT = {
+    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "compressed by gzip; name it .gz",
+    b"\xfd7zXZ": "compressed by xz; name it .xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; name it .zst",
+    b"PK\x03\x04": "a zip archive; unpack it",
+}
+
 
 @dataclasses.dataclass
 class Counts:
@@ -213,8 +223,8 @@ class _Sharder:
             state.version = stream.version
             total = self._total or (stream.size if alone else 0)
             for raw, size in self._raw_lines(stream):
-                if not state.offset and raw and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise UsageError(f"{name} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+                if not state.offset:
+                    _refuse_no_text(name, raw or b"")
                 state.offset += size
                 if raw is None:
                     continue
@@ -334,6 +344,12 @@ class _Sharder:
         self._state.complete = complete
         write_json(self._work / "state.json", dataclasses.asdict(self._state))
         self._saved = time.monotonic()
+
+
+def _refuse_no_text(name: str, beginning: bytes) -> None:
+    for magic, what in _NO_TEXT.items():
+        if beginning.startswith(magic):
+            raise UsageError(f"{name} is {what}")
 
 
 def _fraction(text: bytes) -> float:

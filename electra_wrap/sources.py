@@ -212,7 +212,7 @@ class _Remote(io.RawIOBase):
             except UsageError:
                 raise
             except Exception as error:  # each file system has errors of its own
-                self._file = None
+                self._drop()
                 refused = type(error).__name__ == "ClientResponseError" and getattr(error, "status", 0) < 500
                 if pause is None or refused:
                     said = " ".join(str(error).split()) or type(error).__name__
@@ -251,10 +251,15 @@ class _Remote(io.RawIOBase):
             known -= len(data)
         return file
 
-    def close(self) -> None:
-        if not self.closed and self._file is not None:
+    def _drop(self) -> None:
+        """Close the file, however it is."""
+        if self._file is not None:
             with contextlib.suppress(Exception):
                 self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        self._drop()
         super().close()
 
 

@@ -145,7 +145,7 @@ def _corpus(run: Run) -> dict[str, Any]:
     say(f"corpus: {counts.lines:,} lines, {counts.bytes / 1e6:.1f} MB, {counts.held_out_lines:,} lines held out")
     for name, what in corpus.FINDINGS.items():
         if number := getattr(counts, name):
-            say(f"corpus: {number:,} {what}")
+            say(f"corpus: {what}: {number:,}")
     if keys.sha256 and keys.max_lines:
         say("corpus: corpus.sha256 is that of a whole file, and counts only if corpus.max_lines leaves nothing out")
     if counts.invalid_utf8 > counts.lines / 100:

@@ -28,6 +28,7 @@ HEAVY = {
     "torch": {"check.py", "native/devices.py", "native/exchange.py", "native/model.py", "native/train.py"},
     "transformers": {"check.py", "native/model.py"},
     "accelerate": {"native/train.py"},
+    "datasets": {"sources.py"},
 }
 
 

@@ -97,9 +97,16 @@ def test_what_is_no_damage_is_mended_and_counted(tmp_path: Path) -> None:
         assert (counts.byte_order_marks, counts.crlf_lines, counts.empty_documents, counts.documents) == (2, 2, 2, 2)
 
 
-def test_another_encoding_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is UTF-16; convert it"):
-        shard(tmp_path, [write(tmp_path / "t", "hola".encode("utf-16"))])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("hola".encode("utf-16"), "is UTF-16; convert it"),
+        (gzip.compress(b"hola"), "is compressed by gzip; name it .gz"),
+    ],
+)
+def test_what_is_no_text_is_told(tmp_path: Path, content: bytes, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        shard(tmp_path, [write(tmp_path / "t", content)])
 
 
 def test_a_long_document_is_held_out_whole_or_not_at_all(tmp_path: Path) -> None:
