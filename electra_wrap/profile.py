@@ -54,7 +54,7 @@ class Corpus(_Section):
     similarity: Fraction = 1.0
     blank_lines_separate_documents: bool = True
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    shards: Positive = 4
+    shards: Positive = 16
 
     @model_validator(mode="after")
     def _check(self) -> Corpus:
