@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -249,21 +250,19 @@ class _Sharder:
             self._on_progress(self._done, total, state.read_lines)
 
     def _raw_lines(self, stream: sources.Stream) -> Iterator[tuple[bytes | None, int]]:
-        """Yield each line and how many bytes it takes. An enormous one is cut at spaces, or skipped: None."""
+        """Yield each line and how many bytes it takes. Of an enormous one, pieces that end at spaces, or None."""
         rest = b""
         while raw := rest + stream.readline(MAX_LINE_BYTES - len(rest)):
-            rest = b""
-            skip = not self._whole_line and self._keys.bad_lines == "skip"
-            if len(raw) >= MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                if self._whole_line:
-                    skip = self._bad("enormous_lines", stream.name)
-                    self._counts.skipped_lines += skip
-                self._whole_line = False
-                cut = raw.rfind(b" ") + 1 or len(raw)
-                raw, rest = raw[:cut], raw[cut:]
-            else:
-                self._whole_line = True
+            rest, goes_on = b"", not self._whole_line
+            skip = goes_on and (self._keys.bad_lines == "skip" or not raw.strip())
+            self._whole_line = len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n")
+            if self._whole_line:
                 self._state.read_lines += 1
+            else:
+                if not goes_on and (skip := self._bad("enormous_lines", stream.name)):
+                    self._counts.skipped_lines += 1
+                cut = raw.rfind(b" ") + 1 or codecs.utf_8_decode(raw, "replace", False)[1]
+                raw, rest = raw[:cut], raw[cut:]
             yield None if skip else raw, len(raw)
 
     def _add(self, raw: bytes, name: str) -> None:

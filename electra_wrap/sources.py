@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from electra_wrap.errors import EnvironmentLacks, UsageError
 DATASET = "hf://datasets/"
 
 #: Compressed text, by the end of its name. Each knows where it ends, so that a cut one is an error.
-_COMPRESSED = {
+_COMPRESSED: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
@@ -73,11 +74,13 @@ class Stream:
     def __init__(self, name: str, sha256: str | None = None, offset: int = 0) -> None:
         """Begin `offset` bytes into the text."""
         self.name, self._sha256, self._hash = name, sha256, hashlib.sha256()
-        kind = _COMPRESSED.get(Path(name).suffix) if not name.startswith(DATASET) else None
-        if not name.startswith(DATASET) and (name.endswith(_ARCHIVES) or ".tar." in Path(name).name):
+        dataset = name.startswith(DATASET)
+        path = Path(urllib.parse.urlsplit(name).path if is_remote(name) else name)
+        kind = None if dataset else _COMPRESSED.get(path.suffix)
+        if not dataset and (path.suffix in _ARCHIVES or ".tar" in path.suffixes):
             raise UsageError(f"{name}: an archive of files is not read; unpack it")
-        skipped = 0 if kind or sha256 or name.startswith(DATASET) else offset
-        if name.startswith(DATASET):
+        skipped = 0 if kind or sha256 or dataset else offset
+        if dataset:
             self._raw: io.RawIOBase = _Dataset(name)
         elif is_remote(name):
             self._raw = _Remote(name, skipped)
@@ -87,7 +90,7 @@ class Stream:
         self.done = skipped
         counted = io.BufferedReader(_Tap(self._raw, self._tap), 2**16)
         self._stored = counted
-        self._text = cast(BinaryIO, io.BufferedReader(kind(counted), 2**16) if kind else counted)  # type: ignore
+        self._text = cast(BinaryIO, io.BufferedReader(kind(counted), 2**16) if kind else counted)
         offset -= skipped
         while offset and (known := self._guarded(self._text.read, min(offset, 2**20))):
             offset -= len(known)

@@ -234,8 +234,8 @@ def _data(run: Run) -> dict[str, Any]:
     else:
         for name in _parts_names(run):
             if changed := _other_settings(run, run.directory / name):
-                say(f"{run.engine.DATA}: the parts in {name} are of other settings ({changed}); discarded")
-                shutil.rmtree(run.directory / name)
+                aside = run.directory.set_aside(run.directory / name)
+                say(f"{run.engine.DATA}: {name} has parts of other settings ({changed}); they are now {aside}")
         _build_parts(run, 0, 1)
         number = _join(run, run.directory / "corpus", training)
         _join(run, run.directory / "heldout", held_out)
@@ -289,20 +289,14 @@ def _build_parts(run: Run, nth: int, of: int) -> None:
 
 
 def _join(run: Run, text: Path, out: Path) -> int:
-    """Make an output of its parts, when all are there and are of this profile; return the number of examples."""
-    directory = out.with_name(f"{out.name}.parts")
-    found = [parts.path(directory, number) for number in _shards(text)]
-    facts = [parts.facts(part) for part in found]
-    if None in facts or (changed := _other_settings(run, directory)):
-        what = "is missing" if None in facts else f"is of other settings ({changed})"
-        raise StageFailed(f"a part in {directory} {what}; run again")
+    """Make an output of its parts, all of which are there and of this profile; return the number of examples."""
+    found = [parts.path(out.with_name(f"{out.name}.parts"), number) for number in _shards(text)]
     if not out.exists():  # else it is this attempt's, which ended before it could say so
         with partial(out) as temporary:
+            temporary.mkdir()
             if found:
                 run.engine.join(run, text, found, temporary)
-            else:
-                temporary.mkdir()
-    return sum(one["examples"] for one in facts if one)
+    return sum(facts["examples"] for part in found if (facts := parts.facts(part)))
 
 
 def build_nth(run: Run, nth: int, of: int) -> None:

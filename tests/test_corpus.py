@@ -89,6 +89,15 @@ def test_a_bad_line_is_counted_and_repaired_skipped_or_refused(tmp_path: Path, k
         shard(tmp_path, [path], shards=1, bad_lines="stop")
 
 
+@pytest.mark.parametrize("line", ["ñ" * 50_000, "ñ" * 50_001, "x" + "一" * 70_000, "palabra " * 12_500, "x" * 100_000])
+def test_an_enormous_line_is_cut_between_characters_and_ends_no_document(tmp_path: Path, line: str) -> None:
+    counts, (text,), _ = shard(tmp_path, [write(tmp_path / "t", f"antes\n{line}\ndespués\n")], shards=1)
+    first, *pieces, last = text.removesuffix("\n\n").split("\n")
+    assert (first, last) == ("antes", "después") and "" not in pieces
+    assert "".join(pieces) == line.strip() or " ".join(pieces) == line.strip()
+    assert counts.invalid_utf8 == 0 and counts.documents == 1
+
+
 def test_what_is_no_damage_is_mended_and_counted(tmp_path: Path) -> None:
     raw = "\ufeffuno\r\ndos\r\n\r\n\r\n\n\ufefftres\n".encode()
     for policy in ("repair", "skip", "stop"):

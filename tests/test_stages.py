@@ -233,7 +233,9 @@ def test_parts_of_other_settings_are_not_joined(make_run: MakeRun, capsys: pytes
     stages.execute(make_run(), "vocab")
     stages.build_nth(make_run(), 0, 2)
     stages.execute(make_run("train.seed=1"), "tfrecords")
-    assert "are of other settings (train.seed was 0 and is 1); discarded" in " ".join(capsys.readouterr().err.split())
+    assert "has parts of other settings (train.seed was 0 and is 1); they are now" in " ".join(
+        capsys.readouterr().err.split()
+    )
     other = Run(make_run("train.seed=1").profile, RunDir(make_run().directory.path.with_name("other")))
     stages.execute(other, "tfrecords")
     assert other.digest("pretrain_tfrecords") == make_run().digest("pretrain_tfrecords")

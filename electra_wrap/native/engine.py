@@ -64,7 +64,7 @@ def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_l
 
 
 def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
-    """Make one store of those of the parts of `text`."""
+    """Fill `out` with one store of those of the parts of `text`."""
     examples.join(parts, out)
 
 

@@ -121,8 +121,7 @@ def write(directory: Path, examples: Iterable[Example], vocab_size: int) -> int:
 
 
 def join(stores: Sequence[Path], directory: Path) -> None:
-    """Write one store with the examples of several, one after the other."""
-    directory.mkdir()
+    """Fill an empty directory with one store of the examples of several, one after the other."""
     number, end = 0, 0
     dtypes = set()
     with (directory / "tokens.bin").open("wb") as tokens, (directory / "index.bin").open("wb") as index:

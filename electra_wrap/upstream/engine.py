@@ -83,8 +83,7 @@ def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_l
 
 
 def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
-    """Make the records of `text` from those of its parts: the same files, or where those are small, fewer."""
-    out.mkdir()
+    """Fill `out` with the records of the parts of `text`: the same files, or where those are small, fewer."""
     wanted = record_files(sum(path.stat().st_size for path in text.iterdir()))
     if wanted >= len(parts):
         for file in (file for part in parts for file in part.glob(corpus.RECORDS)):
