@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.shard is None:
         return stages.execute(_run(arguments), arguments.until, arguments.dry_run)
+    if arguments.dry_run or arguments.until or arguments.launch:
+        raise UsageError("--shard goes with none of --dry-run, --until and --launch; leave them out")
     match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
     if match is None or int(match[1]) >= int(match[2]):
         raise UsageError(f"--shard {arguments.shard} is not I/N with I from 0 to N-1; write for example --shard 0/16")

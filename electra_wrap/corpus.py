@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 
 from electra_wrap import profile, sources
 from electra_wrap.errors import EnvironmentLacks, UsageError
-from electra_wrap.rundir import finish, write_json
+from electra_wrap.rundir import finish, remove, write_json
 
 #: Largest piece kept together. A file without blank lines, or with one enormous document, would otherwise be
 #: one piece of work: a single process would do it all, from memory.
@@ -38,12 +37,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 #: How files begin that are no UTF-8 text, and what they are.
 _NO_TEXT = {
-    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-    b"\x1f\x8b": "compressed by gzip; name it .gz",
-    b"\xfd7zXZ": "compressed by xz; name it .xz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; name it .zst",
-    b"PK\x03\x04": "a zip archive; unpack it",
+    rb"\xff\xfe|\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    rb"\x1f\x8b": "compressed by gzip; name it .gz",
+    rb"BZh[1-9]1AY&SY": "compressed by bzip2; name it .bz2",
+    rb"\xfd7zXZ": "compressed by xz; name it .xz",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd; name it .zst",
+    rb"PK\x03\x04": "a zip archive; unpack it",
 }
 
 
@@ -104,7 +103,7 @@ def find(names: Iterable[str], exclude: Path) -> list[str]:
         else:
             # Path.glob takes no absolute patterns
             files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())  # noqa: PTH207
-        files = [p.resolve() for p in files if not p.resolve().is_relative_to(exclude)]
+        files = [p.absolute() for p in files if not p.resolve().is_relative_to(exclude)]
         if not files:
             raise UsageError(f"corpus.source = {name!r} has no text; give files, globs, URLs or directories with *.txt")
         found += [str(p) for p in files if str(p) not in found]
@@ -116,13 +115,14 @@ class _State:
     """How far sharding is: what it needs to go on, and to see whether it may."""
 
     identity: Any
+    names: list[str]
     counts: Counts = dataclasses.field(default_factory=Counts)
     #: Number of the source, bytes of its text and lines of all that are done, and which version the server had.
     source: int = 0
     offset: int = 0
     read_lines: int = 0
     version: str | None = None
-    #: Whether a document goes on there, and whether it is held out.
+    #: Whether a document goes on there of which something was written, and whether it is held out.
     in_document: bool = False
     held_out: bool | None = None
     #: Bytes written to each shard; the last is the held-out one.
@@ -157,16 +157,17 @@ def shard(
     """
     state = _State.read(work / "state.json")
     if state is None or state.identity != identity:
-        shutil.rmtree(work, ignore_errors=True)
-        state = _State(identity, sizes=[0] * (keys.shards + 1))
+        remove(work)
+        state = _State(identity, [file for name in names for file in sources.expand(name)])
+        state.sizes = [0] * (keys.shards + 1)
     if not state.complete:
         try:
-            _Sharder(work, keys, state, on_progress).run([file for name in names for file in sources.expand(name)])
+            _Sharder(work, keys, state, on_progress).run()
         except _Changed:  # a source is not what it was: what was made of it is of no use
-            shutil.rmtree(work)
+            remove(work)
             return shard(names, work, keys, identity, on_progress)
     if not any(state.sizes[:-1]):
-        shutil.rmtree(work)
+        remove(work)
         raise UsageError("corpus.source has no text to train on; give a file with at least one line of text")
     return state.counts
 
@@ -179,7 +180,7 @@ def put_in_place(work: Path, training: Path, held_out: Path) -> None:
 
 
 class _Changed(Exception):
-    """A source has another version than the one that was begun."""
+    """A source, or what was made of it, is not what it was when this was begun."""
 
 
 class _Sharder:
@@ -196,7 +197,8 @@ class _Sharder:
         self._whole_line = True
         self._saved = time.monotonic()
 
-    def run(self, names: list[str]) -> None:
+    def run(self) -> None:
+        names = self._state.names
         if not any(map(sources.is_remote, names)):
             self._total = sum(Path(name).stat().st_size for name in names)
             self._done = sum(Path(name).stat().st_size for name in names[: self._state.source])
@@ -206,6 +208,8 @@ class _Sharder:
         with contextlib.ExitStack() as stack:
             for path, size in zip([*paths, self._work / "heldout" / "part-00000.txt"], self._state.sizes, strict=True):
                 self._files.append(stack.enter_context(path.open("ab")))
+                if self._files[-1].tell() < size:
+                    raise _Changed
                 self._files[-1].truncate(size)
             while self._state.source < len(names) and not self._enough():
                 self._read(names[self._state.source], len(names) == 1)
@@ -230,14 +234,13 @@ class _Sharder:
                 if raw is None:
                     continue
                 if raw.strip():
-                    state.in_document = True
                     self._add(raw, name)
                     if len(self._piece) >= MAX_PIECE_LINES or self._piece_bytes >= MAX_PIECE_BYTES:
                         self._write()
                         if not self._keys.blank_lines_separate_documents:
                             state.held_out = None
                 elif self._keys.blank_lines_separate_documents:
-                    self._counts.empty_documents += not state.in_document
+                    self._counts.empty_documents += not (self._piece or state.in_document)
                     self._end_document()
                 if not self._piece and self._whole_line and time.monotonic() - self._saved > SAVE_EVERY:
                     self._save()
@@ -264,6 +267,8 @@ class _Sharder:
                 cut = raw.rfind(b" ") + 1 or codecs.utf_8_decode(raw, "replace", False)[1]
                 raw, rest = raw[:cut], raw[cut:]
             yield None if skip else raw, len(raw)
+        if not self._whole_line:  # the text ended inside it
+            self._whole_line, self._state.read_lines = True, self._state.read_lines + 1
 
     def _add(self, raw: bytes, name: str) -> None:
         """Add a line to the piece, mended."""
@@ -309,7 +314,6 @@ class _Sharder:
 
     def _end_document(self) -> None:
         self._write()
-        self._counts.documents += self._state.in_document
         self._state.in_document, self._state.held_out = False, None
 
     def _write(self) -> None:
@@ -328,6 +332,8 @@ class _Sharder:
         number = len(sizes) - 1 if self._state.held_out else sizes.index(min(sizes[:-1]))
         self._files[number].write(text)
         sizes[number] += len(text)
+        self._counts.documents += not self._state.in_document
+        self._state.in_document = True
         self._counts.lines += lines
         self._counts.words += words
         self._counts.bytes += len(text)
@@ -347,7 +353,7 @@ class _Sharder:
 
 def _refuse_no_text(name: str, beginning: bytes) -> None:
     for magic, what in _NO_TEXT.items():
-        if beginning.startswith(magic):
+        if re.match(magic, beginning):
             raise UsageError(f"{name} is {what}")
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from electra_wrap import process
-from electra_wrap.rundir import exclusive, partial, write_json
+from electra_wrap.errors import from_os
+from electra_wrap.rundir import exclusive, partial, remove, write_json
 
 #: The file of a part that says what it is.
 FACTS = "part.json"
@@ -48,18 +49,21 @@ def build(
             futures = [pool.submit(_build, out, number, inputs) for number in numbers]
             for future in concurrent.futures.as_completed(futures):
                 future.result()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, OSError):
+                process.tell(from_os(error))
             raise
 
 
 def _build(out: Path, number: int, inputs: dict[str, Any]) -> None:
-    with exclusive(out / f"{number:05d}.lock"):
+    with exclusive(out / f"{number:05d}.lock", wait=True):  # another machine may have been asked for it too
         part = path(out, number)
-        if not part.exists():  # another machine may have been asked for it too
+        if facts(part) is None:
+            remove(part)
             with partial(part) as temporary:
-                facts = {"examples": _job(number, temporary), "inputs": inputs}
-                write_json(temporary / FACTS, facts)
+                made = {"examples": _job(number, temporary), "inputs": inputs}
+                write_json(temporary / FACTS, made)
 
 
 def path(parts: Path, number: int) -> Path:

@@ -53,6 +53,7 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
         "PYTHONNOUSERSITE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",  # a checkout with anything extra in it is refused
         "PYTHONUTF8": "1",
+        "ELECTRA_WRAP_PARENT": str(os.getpid()),
         **extra,
     }
 
@@ -68,7 +69,7 @@ def run(
     """Run a command to its end, append it and its output to `log`, pass each line to `on_line`.
 
     The first SIGINT or SIGTERM asks the command to save and stop, a second one kills it; then Interrupted, also if
-    the signal reached the command alone. StageFailed if it fails.
+    the signal reached the command alone. If it fails, the error that it told (`tell`) is raised, or StageFailed.
     """
     with log.open("a", encoding="utf-8") as file, _signals() as received:
         file.write(f"$ {shlex.join(argv)}\n")
@@ -76,7 +77,7 @@ def run(
         child = subprocess.Popen(
             argv,
             cwd=cwd,
-            env={**env, "ELECTRA_WRAP_PARENT": str(os.getpid())},
+            env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -86,14 +87,18 @@ def run(
         )
         received.child = child
         assert child.stdout is not None
+        told: dict[str, str] = {}
         for line in child.stdout:
             file.write(line)
             file.flush()
+            if line.startswith('{"error"'):  # another process may have ended the line
+                told = told or json.JSONDecoder().raw_decode(line)[0]
             on_line(line.rstrip("\n"))
         code = child.wait()
     if received.count or code == INTERRUPTED:
         raise Interrupted("interrupted; the same command resumes")
     if code:
+        hear(told)
         raise StageFailed(f"{log.stem} ended with code {code}; the whole log is {log}", tail(log))
 
 
@@ -180,6 +185,7 @@ def tell(error: ElectraWrapError) -> None:
 
 def serve(function: Callable[..., Any]) -> None:
     """The child's side of `call`: read the job from stdin, print the result of `function(**job)` as JSON."""
+    die_with_parent()
     try:
         print(json.dumps({"result": function(**json.load(sys.stdin))}, ensure_ascii=False), flush=True)
     except OSError as error:

@@ -83,14 +83,14 @@ class RunDir:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, shared: bool = False) -> Iterator[None]:
+def exclusive(path: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path`. The kernel releases it when the process ends, however it ends.
 
-    UsageError, naming the holder, if another process has it; `shared` ones do not exclude each other.
+    UsageError, naming the holder, if another process has it, or else `wait`; `shared` ones do not exclude each other.
     """
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "?"
@@ -149,11 +149,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file or a directory, if it is there. A directory is never seen half removed."""
+    if not path.is_dir():
+        return path.unlink(missing_ok=True)
+    removed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _sync(path: Path) -> None:

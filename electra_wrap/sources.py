@@ -58,7 +58,12 @@ def expand(name: str) -> list[str]:
     if not is_remote(name) or "*" not in name:
         return [name]
     filesystem, path = _filesystem(name)
-    found = sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    try:
+        found = sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    except FileNotFoundError:
+        found = []
+    except Exception as error:  # each file system has errors of its own
+        raise EnvironmentLacks(f"{name} cannot be listed ({_said(error)}); mend that and run again") from None
     if not found:
         raise UsageError(f"corpus.source = {name!r} matches nothing; correct it")
     return found
@@ -147,6 +152,11 @@ class _Tap(io.RawIOBase):
         return number
 
 
+def _said(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
@@ -158,7 +168,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
         import aiohttp
 
         options = {
-            "client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)},
+            "client_kwargs": {
+                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE),
+                "auto_decompress": False,  # ranges count the bytes that are sent
+            },
             "skip_instance_cache": True,
         }
     try:
@@ -216,11 +229,10 @@ class _Remote(io.RawIOBase):
                 raise
             except Exception as error:  # each file system has errors of its own
                 self._drop()
-                refused = type(error).__name__ == "ClientResponseError" and getattr(error, "status", 0) < 500
-                if pause is None or refused:
-                    said = " ".join(str(error).split()) or type(error).__name__
+                status = getattr(error, "status", 0) if type(error).__name__ == "ClientResponseError" else 0
+                if pause is None or (400 <= status < 500 and status not in (408, 429)):  # refused, but for a while
                     raise EnvironmentLacks(
-                        f"{self._url} cannot be read beyond byte {self._position:,} ({said}); run again later"
+                        f"{self._url} cannot be read beyond byte {self._position:,} ({_said(error)}); run again later"
                     ) from None
                 time.sleep(pause)
         raise AssertionError
@@ -230,23 +242,33 @@ class _Remote(io.RawIOBase):
         if not _is_http(self._url):
             file = self._filesystem.open(self._path, "rb")
             file.seek(self._position)
-            self.size = file.size or 0
+            self.size, self.version = file.size or 0, self._filesystem.ukey(self._path)
             return file
-        last = self._position + self._block - 1
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-{last}"}
-        # With a size, fsspec does not ask for it; without blocks of its own, it passes on what comes.
-        file = self._filesystem.open(self._path, "rb", block_size=0, size=1, headers=headers)
-        response = file.r
-        if response.status not in (200, 206):
-            response.raise_for_status()
-        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        headers = {"Accept-Encoding": "identity"}
+        if self._block:
+            headers["Range"] = f"bytes={self._position}-{self._position + self._block - 1}"
+        try:
+            # With a size, fsspec does not ask for it; without blocks of its own, it passes on what comes.
+            file = self._filesystem.open(self._path, "rb", block_size=0, size=1, headers=headers)
+            status, answer = file.r.status, file.r.headers
+        except Exception as error:
+            if getattr(error, "status", 0) != 416:
+                raise
+            file, status, answer = io.BytesIO(), 416, getattr(error, "headers", None) or {}  # nothing is left of it
+        version = answer.get("Last-Modified") or answer.get("ETag")
         if self.version not in (None, version):
             raise UsageError(f"{self._url} changed while it was read; run again to begin anew")
         self.version = version
-        if response.status == 206:
-            self.size = int(response.headers["Content-Range"].rpartition("/")[2])
+        if status == 416:
             return file
-        self.size = int(response.headers.get("Content-Length") or 0)
+        if status == 206:
+            size = answer["Content-Range"].rpartition("/")[2]
+            if size.isdigit():
+                self.size = int(size)
+                return file
+            self._block = 0  # how much there is in all is told only to who asks for all
+            return self._open()
+        self.size = int(answer.get("Content-Length") or 0)
         known = self._position
         while known:
             if not (data := file.read(min(known, 2**16))):
@@ -271,24 +293,25 @@ class _Dataset(io.RawIOBase):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._rows, self._pending = self._open(), b""
+        self.version: str | None = None
+        self._rows, self._row = self._open(), io.BytesIO()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._pending:
+        while not (number := self._row.readinto(buffer)):
             if (row := next(self._rows, None)) is None:
                 return 0
-            self._pending = re.sub(r"\n\s*\n", "\n", row).encode() + b"\n\n"
-        number = min(len(buffer), len(self._pending))
-        buffer[:number], self._pending = self._pending[:number], self._pending[number:]
+            self._row = io.BytesIO(re.sub(r"\n\s*\n", "\n", row).encode() + b"\n\n")
         return number
 
     def _open(self) -> Iterator[str]:
         os.environ["USE_TORCH"] = "0"  # else it imports PyTorch, for a format nobody asked for
         try:
             import datasets
+            from huggingface_hub import HfApi
+            from huggingface_hub.errors import RepositoryNotFoundError
         except ImportError:
             raise EnvironmentLacks(f"{self._name} needs a package: pip install 'electra-wrap[datasets]'") from None
         name, config, split, column, *more = [*self._name.removeprefix(DATASET).split(":"), "", "", ""][:5]
@@ -300,12 +323,14 @@ class _Dataset(io.RawIOBase):
         datasets.disable_progress_bars()
         split, column = split or "train", column or "text"
         try:
+            if not Path(name).is_dir():
+                self.version = revision = HfApi().dataset_info(name, revision=revision or None).sha or revision
             rows = datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
             first = next(iter(rows), {column: ""})
-        except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise UsageError(f"{self._name}: {' '.join(str(error).split())}; correct corpus.source") from None
+        except (ValueError, RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+            raise UsageError(f"{self._name}: {_said(error)}; correct corpus.source") from None
         except Exception as error:
-            raise EnvironmentLacks(f"{self._name} cannot be read ({' '.join(str(error).split())})") from None
+            raise EnvironmentLacks(f"{self._name} cannot be read ({_said(error)}); run again later") from None
         if not isinstance(first.get(column), str):
             raise UsageError(f"{self._name}: no text in a column {column!r}; there are {', '.join(first)}")
         return self._texts(rows, column)
@@ -315,4 +340,4 @@ class _Dataset(io.RawIOBase):
             for row in rows:
                 yield row[column] or ""
         except Exception as error:
-            raise EnvironmentLacks(f"{self._name} cannot be read on ({error}); run again later") from None
+            raise EnvironmentLacks(f"{self._name} cannot be read on ({_said(error)}); run again later") from None

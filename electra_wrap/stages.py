@@ -132,6 +132,8 @@ def _corpus(run: Run) -> dict[str, Any]:
         say(f"corpus: {len(records)} files of records, taken as they are")
         return {}
     work = run.directory / "corpus.partial"
+    if not all((work / name).exists() or (run.directory / name).exists() for name in ("corpus", "heldout")):
+        remove(work)  # it says that they are made, and somebody took them away
     with Meter("corpus", keys.max_lines or 0, "lines" if keys.max_lines else "MB") as meter:
 
         def progress(done: int, total: int, lines: int) -> None:
@@ -227,7 +229,9 @@ def _data_inputs(run: Run) -> dict[str, Any]:
 
 def _data(run: Run) -> dict[str, Any]:
     training, held_out = (run.directory / name for name in run.engine.OUTPUTS)
-    if any(path.match(corpus.RECORDS) for path in (run.directory / "corpus").iterdir()):
+    if _has_records(run):
+        for name in _parts_names(run):
+            remove(run.directory / name)
         with partial(held_out) as empty, partial(training) as taken:
             empty.mkdir()
             number = run.engine.take(run, run.directory / "corpus", taken)
@@ -247,6 +251,10 @@ def _data(run: Run) -> dict[str, Any]:
     return {"examples": number}
 
 
+def _has_records(run: Run) -> bool:
+    return any(path.match(corpus.RECORDS) for path in (run.directory / "corpus").iterdir())
+
+
 def _parts_names(run: Run) -> tuple[str, str]:
     """The directories of the parts of an engine's OUTPUTS."""
     training, held_out = run.engine.OUTPUTS
@@ -259,7 +267,12 @@ def _shards(text: Path) -> list[int]:
 
 
 def _part_inputs(run: Run) -> dict[str, Any]:
-    return {**_data_inputs(run), **run.engine.versions()}
+    packages = run.engine.PACKAGES[run.engine.DATA]
+    return {
+        **_data_inputs(run),
+        **{name: importlib.metadata.version(name) for name in packages},
+        **run.engine.versions(),
+    }
 
 
 def _other_settings(run: Run, directory: Path) -> str | None:
@@ -274,7 +287,7 @@ def _build_parts(run: Run, nth: int, of: int) -> None:
     for text, name in zip((run.directory / "corpus", run.directory / "heldout"), _parts_names(run), strict=True):
         files = sorted(text.iterdir())
         wanted = [number for number in _shards(text) if number % of == nth]
-        missing = [number for number in wanted if not parts.path(run.directory / name, number).exists()]
+        missing = [number for number in wanted if parts.facts(parts.path(run.directory / name, number)) is None]
         if len(missing) < len(wanted):
             say(f"{run.engine.DATA} of {text.name}: {len(wanted) - len(missing)} of {len(wanted)} parts are there")
         if not missing:
@@ -302,17 +315,21 @@ def _join(run: Run, text: Path, out: Path) -> int:
 def build_nth(run: Run, nth: int, of: int) -> None:
     """Build an `of`th of the training data's parts, for `execute` to join when all are there.
 
-    Several processes and machines may do this at once: they share the run directory, and nothing else. UsageError if
-    corpus and vocabulary are not there yet, or other settings' parts are.
+    Several processes and machines may do this at once: they share the run directory, and nothing else; the text that
+    the corpus was made of need not be there. UsageError if corpus or vocabulary is not done, or other settings' parts
+    are there.
     """
+    *before, stage = _until(run, run.engine.DATA)
     with run.directory.lock(shared=True):
-        todo = [stage.name for stage, _ in plan(run, run.engine.DATA)]
-        if todo not in ([], [run.engine.DATA]):
-            raise UsageError(f"--shard: {todo[0]} has to be done first, by one process: run --until vocab")
+        for one in before:
+            if run.recorded(one.name).get("outcome") != "done":
+                raise UsageError(f"--shard: {one.name} has to be done first, by one process: run --until vocab")
+        if _has_records(run):
+            raise UsageError("--shard: corpus.source has records already; run without it")
         for name in _parts_names(run):
             if changed := _other_settings(run, run.directory / name):
                 raise UsageError(f"{run.directory / name} has parts of other settings: {changed}; set that back")
-        if todo:
+        if reason(run, stage):
             run.engine.prepare(run)
             _build_parts(run, nth, of)
     say(f"{run.engine.DATA}: {nth}/{of} is done")
@@ -626,7 +643,7 @@ def _do(run: Run, stage: Stage) -> None:
         "inputs": stage.inputs(run),
         "versions": versions(run, stage),
     }
-    same = recorded.get("outcome") != "done" and all(recorded.get(key) == entry[key] for key in ("inputs", "versions"))
+    same = all(recorded.get(key) == entry[key] for key in ("outcome", "inputs", "versions"))
     begun = any((run.directory / name).exists() for name in stage.scratch)
     for name in stage.outputs:
         if not same:
@@ -647,8 +664,8 @@ def _do(run: Run, stage: Stage) -> None:
         entry["outcome"] = "failed"
         raise
     else:
-        entry["outcome"] = "done"
         entry["outputs"] = {name: run.digest(name) for name in stage.outputs}
+        entry["outcome"] = "done"
     finally:
         entry["seconds"] = round(time.monotonic() - began, 1)
         run.directory.save()

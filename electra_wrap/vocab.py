@@ -21,8 +21,8 @@ MAX_WORD_CHARACTERS = 200
 #: Characters that a trained vocabulary has of its own; rarer ones make a word [UNK].
 MAX_ALPHABET = 1000
 
-#: Text on which a vocabulary's fit is measured.
-MEASURED_BYTES = 8_000_000
+#: Text on which a vocabulary's fit is measured; from how many places of each shard a sample comes.
+MEASURED_BYTES, STRETCHES = 8_000_000, 100
 
 #: Words that are remembered; some 150 MB.
 MAX_WORDS = 2**19
@@ -159,18 +159,24 @@ def train(
 
 
 def sample(corpus: Path, most: int | None) -> Iterator[str]:
-    """Yield the lines of the shards in `corpus`; of each the beginning, if that is more than `most` bytes together.
-
-    Every part of the text is in every shard's beginning, because pieces are dealt to the shards in turn.
-    """
+    """Yield the lines of the shards in `corpus`; of more than about `most` bytes, only stretches from everywhere."""
     shards = sorted(corpus.glob("*.txt"))
+    size = sum(path.stat().st_size for path in shards)
+    share = 1.0 if most is None else min(1.0, most / max(1, size))
     for path in shards:
-        left = path.stat().st_size if most is None else most // len(shards)
         with path.open("rb") as file:
-            for line in file:
-                if (left := left - len(line)) < 0:
-                    break
-                yield line.decode()
+            if share == 1:
+                yield from map(bytes.decode, file)
+                continue
+            whole = path.stat().st_size
+            for begin in range(0, whole, max(1, whole // STRETCHES)):
+                file.seek(max(0, begin - 1))
+                if begin:
+                    file.readline()  # of which the beginning is missing, or the end of the line before
+                left = share * whole / STRETCHES
+                while left > 0 and (line := file.readline()):
+                    left -= len(line)
+                    yield line.decode()
 
 
 def measure(

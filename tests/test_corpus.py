@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import json
 import os
 import signal
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import fsspec
 import pytest
 
 from electra_wrap import corpus
@@ -111,6 +114,7 @@ def test_what_is_no_damage_is_mended_and_counted(tmp_path: Path) -> None:
     [
         ("hola".encode("utf-16"), "is UTF-16; convert it"),
         (gzip.compress(b"hola"), "is compressed by gzip; name it .gz"),
+        (bz2.compress(b"hola"), "is compressed by bzip2; name it .bz2"),
     ],
 )
 def test_what_is_no_text_is_told(tmp_path: Path, content: bytes, says: str) -> None:
@@ -191,6 +195,49 @@ def test_sharding_that_was_killed_goes_on(
         assert (tmp_path / "killed" / path.relative_to(tmp_path / "undisturbed")).read_bytes() == path.read_bytes()
     other = corpus.shard(files[:1], tmp_path / "killed", keys, ["another"])
     assert other.lines < expected.lines, "what is there is of another corpus"
+
+
+def test_an_enormous_line_at_the_end_of_a_file_takes_nothing_of_the_next(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a", "uno\n" + "x" * 100_000), write(tmp_path / "b", "dos\ntres\n")]
+    for policy, middle in (("repair", "x" * 100_000 + "\n"), ("skip", "")):
+        counts, (text,), _ = shard(tmp_path, files, shards=1, bad_lines=policy)
+        assert text == f"uno\n{middle}\ndos\ntres\n\n" and counts.documents == 2
+    counts, (text,), _ = shard(tmp_path, files, shards=1, max_lines=3)
+    assert text.endswith("\n\ndos\n\n")
+
+
+@pytest.mark.parametrize("lost", ["corpus/part-00001.txt", "file", "names"])
+def test_what_is_not_as_it_was_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """After a kill, a shard or a source is not what it was; or a glob would match something more, which comes late."""
+    monkeypatch.setattr(corpus, "SAVE_EVERY", 0.0)
+    memory = fsspec.filesystem("memory")
+    for name in ("b", "c"):
+        memory.pipe(f"/lost-{lost}/{name}.txt", "".join(f"{name} {i}\n\n" for i in range(300)).encode())
+    keys, names = Corpus(source="", shards=3), [f"memory://lost-{lost}/*.txt"]
+    if (child := os.fork()) == 0:
+        real = corpus._Sharder._add
+
+        def add(self: Any, raw: bytes, name: str) -> None:
+            if raw == b"b 200\n":
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, raw, name)
+
+        monkeypatch.setattr(corpus._Sharder, "_add", add)
+        corpus.shard(names, tmp_path / "work", keys, 1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert json.loads((tmp_path / "work" / "state.json").read_text())["offset"] > 1000
+    if lost == "names":
+        expected = corpus.shard(names, tmp_path / "again", keys)
+        memory.pipe(f"/lost-{lost}/a.txt", b"a\n")
+    else:
+        if lost == "file":
+            memory.pipe(f"/lost-{lost}/b.txt", memory.cat(f"/lost-{lost}/b.txt").upper() + b"x\n")
+        else:
+            (tmp_path / "work" / lost).unlink()
+        expected = corpus.shard(names, tmp_path / "again", keys)
+    assert corpus.shard(names, tmp_path / "work", keys, 1) == expected
+    for path in (tmp_path / "again").rglob("*.txt"):
+        assert path.read_bytes() == (tmp_path / "work" / path.relative_to(tmp_path / "again")).read_bytes()
 
 
 def test_max_lines_and_file_ends(tmp_path: Path) -> None:

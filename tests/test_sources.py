@@ -47,6 +47,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[str | None] = []
         self.breaks: list[int] = []
         self.ranges = True
+        self.total: str | None = None
+        self.headers: dict[str, str] = {}
         self.status = 200
         self.after: Callable[[], None] = lambda: None
 
@@ -77,13 +79,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         start, end = 0, len(content)
         if server.ranges and (match := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")):
             start, end = int(match[1]), min(end, int(match[2]) + 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+            self.send_response(206 if start < end else 416)
+            end = max(start, end)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{server.total or len(content)}")
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", "0" * 40)
+        for name, value in server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -157,6 +162,22 @@ def test_a_transfer_that_fails_for_good_is_said(server: Server) -> None:
         read(f"{url}.gz")
 
 
+def test_a_server_with_ways_of_its_own(server: Server) -> None:
+    """Nothing left after the offset, an empty file, a length that is not told, and compression nobody asked for."""
+    url = server.url("es.txt", TEXT)
+    assert read(url, offset=len(TEXT)) == b""
+    assert read(server.url("empty.txt", b"")) == b""
+    server.total = "*"
+    assert read(url) == TEXT
+    server.total, server.headers = None, {"Content-Encoding": "gzip"}
+    assert read(server.url("es.gz", gzip.compress(TEXT))) == TEXT, "it is the file that is compressed, not the transfer"
+    server.status = 429
+    before = len(server.requests)
+    with pytest.raises(EnvironmentLacks, match="429"):
+        read(url)
+    assert len(server.requests) == before + 4, "too many requests: later ones may do"
+
+
 def test_a_file_that_changes_on_the_way_is_not_mixed(server: Server) -> None:
     url = server.url("es.txt", TEXT)
     server.breaks, server.after = [1000], lambda: server.files.update({"/es.txt": TEXT.upper()})
@@ -189,14 +210,14 @@ def test_max_lines_ends_the_transfer(server: Server, tmp_path: Path) -> None:
 def test_any_file_system_is_read_and_its_globs(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for number, suffix in enumerate(COMPRESS):
-        memory.pipe(f"/corpus/{number}{suffix}", COMPRESS[suffix](f"texto {number}\n".encode()))
-    names = corpus.find(["memory://corpus/*"], tmp_path)
-    assert names == ["memory://corpus/*"]
+        memory.pipe(f"/texts/{number}{suffix}", COMPRESS[suffix](f"texto {number}\n".encode()))
+    names = corpus.find(["memory://texts/*"], tmp_path)
+    assert names == ["memory://texts/*"]
     corpus.shard(names, tmp_path / "work", Corpus(source="", shards=1))
     shard = (tmp_path / "work" / "corpus" / "part-00000.txt").read_text(encoding="utf-8")
     assert shard == "".join(f"texto {number}\n\n" for number in range(len(COMPRESS)))
     with pytest.raises(UsageError, match="matches nothing"):
-        sources.expand("memory://corpus/*.txt.gz")
+        sources.expand("memory://texts/*.txt.gz")
     with pytest.raises(UsageError, match=r"Protocol not known: nowhere"):
         sources.Stream("nowhere://corpus/es.txt")
 

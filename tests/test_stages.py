@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from electra_wrap import paths, stages
-from electra_wrap.errors import StageFailed, UsageError
+from electra_wrap.errors import EnvironmentLacks, StageFailed, UsageError
 from electra_wrap.rundir import RunDir, write_json
 from electra_wrap.stages import Run
 from electra_wrap.upstream import engine
@@ -227,6 +229,67 @@ def test_machines_that_share_a_run_directory_build_a_part_each(make_run: MakeRun
     stages.execute(alone, "tfrecords")
     for name in ("pretrain_tfrecords", "heldout_tfrecords"):
         assert alone.digest(name) == make_run().digest(name)
+
+
+def test_machines_need_nothing_but_the_run_directory(make_run: MakeRun, text: Path) -> None:
+    stages.execute(make_run(), "vocab")
+    text.rename(text.with_name("elsewhere"))
+    for number in range(2):
+        stages.build_nth(make_run(), number, 2)
+    assert len(built(make_run())) == 2
+
+
+@pytest.mark.parametrize("lost", ["part.json", "corpus", "both"])
+def test_what_is_taken_away_is_made_again(make_run: MakeRun, lost: str) -> None:
+    """A part that is half there, and shards that the state of sharding says are made."""
+    undisturbed = make_run()
+    stages.execute(undisturbed, "tfrecords")
+    expected = {name: undisturbed.digest(name) for name in ("corpus", "heldout", "pretrain_tfrecords")}
+    shutil.rmtree(undisturbed.directory.path)
+    stages.execute(make_run(), "vocab")
+    if lost == "part.json":
+        stages.build_nth(make_run(), 0, 2)
+        (make_run().directory / "pretrain_tfrecords.parts" / "00000" / "part.json").unlink()
+    else:
+        work = make_run().directory / "corpus.partial"
+        work.mkdir()
+        state = {"identity": stages._corpus_inputs(make_run()), "names": [], "sizes": [9, 9, 9], "complete": True}
+        write_json(work / "state.json", {**state, "counts": {}})
+        for name in ("corpus", "heldout") if lost == "both" else ("corpus",):
+            shutil.rmtree(make_run().directory / name)
+    stages.execute(make_run(), "tfrecords")
+    assert {name: make_run().digest(name) for name in expected} == expected
+    assert todo(make_run(), "tfrecords") == {}
+
+
+def test_what_a_person_put_in_place_after_a_failure_is_kept(make_run: MakeRun) -> None:
+    """A vocabulary, say, that could not be fetched."""
+    failing = ("tokenizer.source=hf://nobody/nothing at all",)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"correct tokenizer\.source"):
+            stages.execute(make_run(*failing), "vocab")
+        (make_run().directory / "vocab.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"correct tokenizer\.source"):
+        stages.execute(make_run(*failing), "vocab")
+    for number in (1, 2):
+        assert (make_run().directory / f"vocab.txt.old-{number}").read_text(encoding="utf-8") == "mine"
+
+
+def limit_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+@pytest.mark.parametrize("engine", ["native", "upstream"])
+def test_a_full_disk_is_said_by_the_process_that_builds(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    run = make_run(f'engine="{engine}"')
+    stages.execute(run, "vocab")
+    with monkeypatch.context() as patch, pytest.raises(EnvironmentLacks, match="File too large"):
+        patch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, preexec_fn=limit_files))
+        stages.execute(make_run(f'engine="{engine}"'), run.engine.DATA)
+    stages.execute(make_run(f'engine="{engine}"'), run.engine.DATA)
 
 
 def test_parts_of_other_settings_are_not_joined(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

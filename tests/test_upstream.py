@@ -170,6 +170,9 @@ def test_the_fast_script_writes_what_the_slow_one_writes(
     (text / "part-00000.txt").write_text("\n".join(lines), encoding="utf-8")
     rules = {"lowercase": lowercase, "strip_accents": strip_accents}
     vocab.train(text, tmp_path / "vocab.txt", vocab_size=400, sample_bytes=None, **rules)
+    tokens = vocab.read(tmp_path / "vocab.txt")
+    tokens[300:300] = [f"unused{number}" for number in range(300_000)]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
     arguments = [f"--corpus-dir={text}", f"--vocab-file={tmp_path}/vocab.txt", "--max-seq-length=48", "--seed=3"]
     arguments += ["--num-processes=1", "--num-out-files=3", "--do-lower-case" if lowercase else "--no-lower-case"]
     arguments += ["--do-strip-accents" if strip_accents else "--no-strip-accents"]
@@ -185,6 +188,7 @@ def test_the_fast_script_writes_what_the_slow_one_writes(
     for file in made:
         assert file.read_bytes() == (tmp_path / "fast" / "00000" / file.name).read_bytes()
     assert parts.facts(tmp_path / "fast" / "00000")["examples"] > 100
+    assert len(vocab.read(tmp_path / "vocab.txt")) > 300_000, "more than any table of ours"
 
 
 def test_a_process_that_dies_fails_the_script(upstream: Path, finished: Run, tmp_path: Path) -> None:

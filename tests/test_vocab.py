@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -69,16 +70,19 @@ def test_training_gives_the_same_vocabulary_every_time(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_is_trained_on_a_sample_of_all_shards(tmp_path: Path) -> None:
-    (tmp_path / "corpus").mkdir()
-    for number, word in enumerate(("alba", "brisa")):
-        text = f"{word}\n" * 100 + "zzz\n" * 1000
-        write(tmp_path / "corpus" / f"part-{number:05d}.txt", text.splitlines())
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, words in enumerate((("alba", "barco"), ("cielo", "duna"))):
+        lines = [f"{words[line > 10_000]} número {line}" for line in range(20_000)]
+        write(corpus / f"part-{number:05d}.txt", lines)
+    every, some = list(vocab.sample(corpus, None)), list(vocab.sample(corpus, 80_000))
+    assert len(every) == 40_000 and set(some) < set(every) and len(set(some)) == len(some)
+    assert 80_000 < sum(len(line.encode()) for line in some) < 90_000
+    found = Counter(line.split()[0] for line in some)
+    assert set(found) == {"alba", "barco", "cielo", "duna"} and max(found.values()) < 1.2 * min(found.values())
     rules: dict[str, Any] = {"lowercase": False, "strip_accents": False}
-    assert list(vocab.sample(tmp_path / "corpus", 60)) == ["alba\n"] * 6 + ["brisa\n"] * 5
-    vocab.train(tmp_path / "corpus", tmp_path / "some", vocab_size=50, sample_bytes=60, **rules)
-    vocab.train(tmp_path / "corpus", tmp_path / "all", vocab_size=50, sample_bytes=None, **rules)
-    some, every = (vocab.read(tmp_path / name) for name in ("some", "all"))
-    assert {"alba", "brisa"} <= set(some) and "zzz" in every and "zzz" not in some
+    vocab.train(corpus, tmp_path / "v", vocab_size=100, sample_bytes=80_000, **rules)
+    assert {*found, "número"} <= set(vocab.read(tmp_path / "v"))
 
 
 def test_how_a_vocabulary_fits(tmp_path: Path) -> None:

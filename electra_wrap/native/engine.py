@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import process, vocab
-from electra_wrap.errors import StageFailed, UsageError
+from electra_wrap.errors import UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
 from electra_wrap.rundir import finish, write_json
@@ -92,22 +92,13 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
         patience = f"--shutdown-timeout={process.GRACE}"  # torchrun's own is 30 s, which a checkpoint may take
         launcher += ["-m", "torch.distributed.run", "--standalone", patience, f"--nproc-per-node={len(gpus)}"]
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
-    errors: list[dict[str, str]] = []
 
     def read(line: str) -> None:
-        if line.startswith(('{"step"', '{"error"')):
+        if line.startswith('{"step"'):
             said, _ = json.JSONDecoder().raw_decode(line)  # another process may have ended the line
-            if "error" in said:
-                errors.append(said)
-            else:
-                on_step(said["step"], said["loss"])
+            on_step(said["step"], said["loss"])
 
-    try:
-        process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
-    except StageFailed:
-        for said in errors:
-            process.hear(said)
-        raise
+    process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
 
 
 def files(model_dir: Path, step: int) -> list[Path]:

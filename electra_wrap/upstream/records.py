@@ -81,7 +81,13 @@ def _varint(value: int) -> bytes:
     return bytes((*out, value))
 
 
-_VARINTS = [_varint(value) for value in range(2**18)]
+class _Varints(dict[int, bytes]):
+    def __missing__(self, value: int) -> bytes:
+        self[value] = made = _varint(value)
+        return made
+
+
+_VARINTS = _Varints()
 
 
 def _message(content: bytes, field: int = 1) -> bytes:
