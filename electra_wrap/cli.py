@@ -28,6 +28,39 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(UsageError.exit_code)
 
 
+#: Each command: its function, whose name it has, what it does, and its arguments.
+COMMANDS: list[tuple[Callable[..., None], str, Sequence[Any]]] = []
+
+
+def _command(does: str, *arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        COMMANDS.append((function, does, arguments))
+        return function
+
+    return add
+
+
+def _argument(*names: str, **keys: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, keys
+
+
+_PROFILE = (
+    _argument("--profile", default=DEFAULT_PROFILE, metavar="NAME|FILE", help=f"default: {DEFAULT_PROFILE}"),
+    _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=100; overrides a key"),
+)
+_RUN_DIR = _argument("--run-dir", metavar="DIR", help="run directory (default: runs/PROFILE)")
+_UPSTREAM = _argument("--upstream", metavar="SRC", help="URL, clone, bare mirror or bundle of upstream")
+_JSON = _argument("--json", action="store_true", help="print JSON")
+
+
+@_command(
+    "train a model: text in, discriminator and generator out",
+    *(*_PROFILE, _RUN_DIR, _UPSTREAM),
+    _argument("--until", metavar="STAGE", help="stop after this stage, e.g. vocab, train, convert"),
+    _argument("--shard", metavar="I/N", help="only build the Ith part of N of the training data (0/N … N-1/N)"),
+    _argument("--launch", metavar="COMMAND", help='native engine: its launcher, e.g. "torchrun --nnodes 2 …"'),
+    _argument("--dry-run", action="store_true", help="only say what would be done, and why"),
+)
 def run(arguments: argparse.Namespace) -> None:
     from electra_wrap import stages
 
@@ -41,11 +74,17 @@ def run(arguments: argparse.Namespace) -> None:
     stages.build_nth(_run(arguments), int(match[1]), int(match[2]))
 
 
+@_command("list the profiles that ship")
 def profiles(arguments: argparse.Namespace) -> None:
     for name, description in profile.shipped():
         print(f"{name:18} {description}")
 
 
+@_command(
+    "print a profile, or what is derived from it, as JSON",
+    *(*_PROFILE, _RUN_DIR),
+    _argument("--what", choices=["profile", "hparams", "discriminator", "generator"], default="profile"),
+)
 def show(arguments: argparse.Namespace) -> None:
     from electra_wrap import vocab
 
@@ -67,33 +106,40 @@ def show(arguments: argparse.Namespace) -> None:
     _print_json(loaded.hf_config(arguments.what, size))
 
 
+@_command("report on a run's corpus: size, what was mended, how the vocabulary fits", *(*_PROFILE, _RUN_DIR, _JSON))
 def corpus(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from electra_wrap import stages
-    from electra_wrap.corpus import FINDINGS
 
     found = stages.corpus_report(_run(arguments))
     if arguments.json:
         return _print_json(found)
-    table = Table(box=None, show_header=False)
     for key, value in found.items():
-        if key in FINDINGS and not value:
-            continue
-        shown = (
-            f"{value:.3%}" if key.endswith("_share") else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
-        )
-        table.add_row(FINDINGS.get(key, key.replace("_", " ")), shown)
-    Console(highlight=False).print(table)
+        form = ".3%" if key.endswith("_share") else ",.3f" if isinstance(value, float) else ","
+        print(f"{key.replace('_', ' '):20} {value:>15{form}}")
 
 
+@_command("fetch, verify and patch google-research/electra", _UPSTREAM)
 def vendor(arguments: argparse.Namespace) -> None:
     from electra_wrap.upstream import checkout
 
     print(checkout.ensure(arguments.upstream))
 
 
+@_command(
+    "convert a TensorFlow checkpoint for transformers, or back",
+    _argument("source", nargs="+", metavar="CHECKPOINT", help="directory or prefix; --to-tf: DISCRIMINATOR GENERATOR"),
+    _argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written"),
+    _argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)"),
+    _argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written"),
+    _argument("--model", choices=["both", *profile.NETWORKS], default="both"),
+    _argument("--lowercase", action="store_true", help="the model was trained on lowercased text"),
+    _argument("--strip-accents", action="store_true", help="… and without accents"),
+    _argument("--max-length", type=int, metavar="N", help="longest text for the tokenizer (default: positions)"),
+    _argument("--heads", type=int, metavar="N", help="discriminator's attention heads (default: hidden/64)"),
+    _argument("--generator-heads", type=int, metavar="N", help="likewise the generator's"),
+    _argument("--to-tf", action="store_true", help="from transformers to a checkpoint at --step (default: 0)"),
+    _argument("--force", action="store_true", help="replace what is in --out"),
+)
 def convert(arguments: argparse.Namespace) -> None:
     from electra_wrap import process
 
@@ -124,6 +170,13 @@ def convert(arguments: argparse.Namespace) -> None:
     print(out)
 
 
+@_command(
+    "ask a discriminator which tokens were replaced",
+    _argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator"),
+    _argument("text", nargs="+", metavar="TEXT"),
+    _argument("--verbose", action="store_true", help="show the probabilities"),
+    _JSON,
+)
 def detect(arguments: argparse.Namespace) -> None:
     from rich import box
     from rich.console import Console
@@ -147,28 +200,25 @@ def detect(arguments: argparse.Namespace) -> None:
         console.print(table, width=max(console.width, sum(len(t) + 4 for t in result["tokens"]) + 40), crop=False)
 
 
+@_command(
+    "measure how fast a profile trains here, with either engine",
+    *_PROFILE,
+    _argument("--engine", action="append", choices=profile.ENGINES, help="only this one (default: both)"),
+    _argument("--steps", type=int, default=120, metavar="N", help="steps to train (default: 120)"),
+    _argument("--vocab-size", type=int, metavar="N", help="words (default: those of the profile's vocabulary)"),
+    _JSON,
+)
 def bench(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from electra_wrap.native import bench as native_bench
 
     loaded = profile.Profile.load(arguments.profile, arguments.set)
     results = native_bench.bench(loaded, arguments.engine or profile.ENGINES, arguments.steps, arguments.vocab_size)
     if arguments.json:
         return _print_json(results)
-    table = Table("engine", "device", "precision", "steps/s", "sequences/s", "tokens/s", "TFLOP/s", "of peak", box=None)
-    for one in results:
-        speeds = (one[f"{unit}_per_second"] for unit in ("steps", "sequences", "tokens"))
-        shown = [f"{speed:,.4g}" if speed < 1000 else f"{speed:,.0f}" for speed in speeds]
-        flops = f"{one['model_flops_per_second'] / 1e12:,.3g}"
-        table.add_row(
-            *(one[key] for key in ("engine", "device", "precision")), *shown, flops, f"{one['share_of_peak']:.0%}"
-        )
-    console = Console()
-    console.print(table, width=max(console.width, 120), crop=False)
+    native_bench.show(results)
 
 
+@_command("open TensorBoard on a run", *_PROFILE, _RUN_DIR)
 def tensorboard(arguments: argparse.Namespace) -> None:
     directory = _run_dir(arguments) / "models"
     if not directory.is_dir():
@@ -192,92 +242,6 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _argument(*names: str, **keys: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return names, keys
-
-
-_PROFILE = (
-    _argument("--profile", default=DEFAULT_PROFILE, metavar="NAME|FILE", help=f"default: {DEFAULT_PROFILE}"),
-    _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=100; overrides a key"),
-)
-_RUN_DIR = _argument("--run-dir", metavar="DIR", help="run directory (default: runs/PROFILE)")
-_UPSTREAM = _argument("--upstream", metavar="SRC", help="URL, clone, bare mirror or bundle of upstream")
-_JSON = _argument("--json", action="store_true", help="print JSON")
-
-#: Each command: its function, whose name it has, what it does, and its arguments.
-COMMANDS: tuple[tuple[Callable[..., None], str, Sequence[Any]], ...] = (
-    (
-        run,
-        "train a model: text in, discriminator and generator out",
-        (
-            *(*_PROFILE, _RUN_DIR, _UPSTREAM),
-            _argument("--until", metavar="STAGE", help="stop after this stage, e.g. vocab, train, convert"),
-            _argument("--shard", metavar="I/N", help="only build the Ith part of N of the training data (0/N … N-1/N)"),
-            _argument("--launch", metavar="COMMAND", help='native engine: its launcher, e.g. "torchrun --nnodes 2 …"'),
-            _argument("--dry-run", action="store_true", help="only say what would be done, and why"),
-        ),
-    ),
-    (profiles, "list the profiles that ship", ()),
-    (
-        show,
-        "print a profile, or what is derived from it, as JSON",
-        (
-            *(*_PROFILE, _RUN_DIR),
-            _argument("--what", choices=["profile", "hparams", "discriminator", "generator"], default="profile"),
-        ),
-    ),
-    (corpus, "report on a run's corpus: size, what was mended, how the vocabulary fits", (*_PROFILE, _RUN_DIR, _JSON)),
-    (vendor, "fetch, verify and patch google-research/electra", (_UPSTREAM,)),
-    (
-        convert,
-        "convert a TensorFlow checkpoint for transformers, or back",
-        (
-            _argument(
-                "source",
-                nargs="+",
-                metavar="CHECKPOINT",
-                help="directory, or prefix like model.ckpt-1000; with --to-tf: DISCRIMINATOR GENERATOR",
-            ),
-            _argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written"),
-            _argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)"),
-            _argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written"),
-            _argument("--model", choices=["both", *profile.NETWORKS], default="both"),
-            _argument("--lowercase", action="store_true", help="the model was trained on lowercased text"),
-            _argument("--strip-accents", action="store_true", help="… and without accents"),
-            _argument(
-                "--max-length", type=int, metavar="N", help="longest text for the tokenizer (default: positions)"
-            ),
-            _argument("--heads", type=int, metavar="N", help="discriminator's attention heads (default: hidden/64)"),
-            _argument("--generator-heads", type=int, metavar="N", help="likewise the generator's"),
-            _argument("--to-tf", action="store_true", help="from transformers to a checkpoint at --step (default: 0)"),
-            _argument("--force", action="store_true", help="replace what is in --out"),
-        ),
-    ),
-    (
-        detect,
-        "ask a discriminator which tokens were replaced",
-        (
-            _argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator"),
-            _argument("text", nargs="+", metavar="TEXT"),
-            _argument("--verbose", action="store_true", help="show the probabilities"),
-            _JSON,
-        ),
-    ),
-    (
-        bench,
-        "measure how fast a profile trains here, with either engine",
-        (
-            *_PROFILE,
-            _argument("--engine", action="append", choices=profile.ENGINES, help="only this one (default: both)"),
-            _argument("--steps", type=int, default=120, metavar="N", help="steps to train (default: 120)"),
-            _argument("--vocab-size", type=int, metavar="N", help="words (default: those of the profile's vocabulary)"),
-            _JSON,
-        ),
-    ),
-    (tensorboard, "open TensorBoard on a run", (*_PROFILE, _RUN_DIR)),
-)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -46,31 +46,15 @@ _NO_TEXT = {
 }
 
 
-@dataclasses.dataclass
-class Counts:
-    """What became of a corpus: of the text kept, and of what was mended or left out on the way."""
-
-    lines: int = 0
-    documents: int = 0
-    words: int = 0
-    bytes: int = 0
-    held_out_lines: int = 0
-    #: Mended, whatever the profile says: nothing of the text is lost by that.
-    byte_order_marks: int = 0
-    crlf_lines: int = 0
-    empty_documents: int = 0
-    #: Lines that `corpus.bad_lines` is for.
-    invalid_utf8: int = 0
-    control_characters: int = 0
-    enormous_lines: int = 0
-    #: Left out because of that, or because of `corpus.deduplicate`.
-    skipped_lines: int = 0
-    duplicate_lines: int = 0
-    duplicate_documents: int = 0
-
-
-#: What a person is told of each count that is not zero.
+#: What is found in a corpus, and what a person is told of it if it is not zero. Lines, documents, words and bytes are
+#: of the text kept; the next three are mended, whatever the profile says, because nothing of the text is lost by that;
+#: `corpus.bad_lines` is for the three after them.
 FINDINGS = {
+    "lines": "",
+    "documents": "",
+    "words": "",
+    "bytes": "",
+    "held_out_lines": "",
     "byte_order_marks": "byte order marks, removed",
     "crlf_lines": "lines that end with \\r\\n, mended",
     "empty_documents": "empty documents, removed",
@@ -116,7 +100,7 @@ class _State:
 
     identity: Any
     names: list[str]
-    counts: Counts = dataclasses.field(default_factory=Counts)
+    counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(FINDINGS, 0))
     #: Number of the source, bytes of its text and lines of all that are done, and which version the server had.
     source: int = 0
     offset: int = 0
@@ -135,7 +119,7 @@ class _State:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return cls(**{**values, "counts": Counts(**values["counts"])})
+        return cls(**values)
 
 
 def shard(
@@ -144,12 +128,12 @@ def shard(
     keys: profile.Corpus,
     identity: Any = None,
     on_progress: Callable[[int, int, int], None] = lambda done, total, lines: None,
-) -> Counts:
+) -> dict[str, int]:
     """Write the text as part-00000.txt … under `work`/corpus, and the held-out part of it under `work`/heldout.
 
     Pieces (documents, or 1000 lines of one) go whole to the shard with the fewest bytes so far, so that every
     process has equal work. Whether a document is held out depends on its own text alone, and so stays the same when
-    the corpus grows.
+    the corpus grows. Returns how much there is of each of FINDINGS.
 
     What a killed call left in `work` is continued if it was given the same `identity` (JSON). `on_progress` gets how
     many bytes were read as they are stored, of how many (0: not known), and how many lines. UsageError if nothing is
@@ -240,7 +224,7 @@ class _Sharder:
                         if not self._keys.blank_lines_separate_documents:
                             state.held_out = None
                 elif self._keys.blank_lines_separate_documents:
-                    self._counts.empty_documents += not (self._piece or state.in_document)
+                    self._counts["empty_documents"] += not (self._piece or state.in_document)
                     self._end_document()
                 if not self._piece and self._whole_line and time.monotonic() - self._saved > SAVE_EVERY:
                     self._save()
@@ -263,7 +247,7 @@ class _Sharder:
                 self._state.read_lines += 1
             else:
                 if not goes_on and (skip := self._bad("enormous_lines", stream.name)):
-                    self._counts.skipped_lines += 1
+                    self._counts["skipped_lines"] += 1
                 cut = raw.rfind(b" ") + 1 or codecs.utf_8_decode(raw, "replace", False)[1]
                 raw, rest = raw[:cut], raw[cut:]
             yield None if skip else raw, len(raw)
@@ -279,15 +263,15 @@ class _Sharder:
             # What cannot be read becomes U+FFFD, which the tokenizer drops.
             line, bad = raw.decode("utf-8", "replace"), self._bad("invalid_utf8", name)
         if raw.endswith(b"\r\n"):
-            self._counts.crlf_lines += 1
+            self._counts["crlf_lines"] += 1
         if line.startswith("\ufeff"):
-            self._counts.byte_order_marks += 1
+            self._counts["byte_order_marks"] += 1
             line = line[1:]
         if _CONTROL.search(line):
             bad |= self._bad("control_characters", name)
             line = _CONTROL.sub("", line)
         if bad:
-            self._counts.skipped_lines += 1
+            self._counts["skipped_lines"] += 1
             return
         # Upstream's reader ends a line at \n alone; what else Python calls a line end is a space.
         words = line.split()
@@ -295,7 +279,7 @@ class _Sharder:
         if not text:
             return
         if self._lines is not None and self._lines(text):
-            self._counts.duplicate_lines += 1
+            self._counts["duplicate_lines"] += 1
             return
         self._piece_words += len(words)
         self._piece.append(text)
@@ -303,7 +287,7 @@ class _Sharder:
 
     def _bad(self, kind: str, name: str) -> bool:
         """Count a bad line; return whether it is to be skipped. UsageError if the profile says stop."""
-        setattr(self._counts, kind, getattr(self._counts, kind) + 1)
+        self._counts[kind] += 1
         if self._keys.bad_lines == "stop":
             line = self._state.read_lines + (kind == "enormous_lines")
             raise UsageError(
@@ -324,7 +308,7 @@ class _Sharder:
         lines, words = len(self._piece), self._piece_words
         self._piece, self._piece_bytes, self._piece_words = [], 0, 0
         if self._documents is not None and self._documents(text):
-            self._counts.duplicate_documents += 1
+            self._counts["duplicate_documents"] += 1
             return
         if self._state.held_out is None:  # the first piece of a document decides for all
             self._state.held_out = _fraction(text) < self._keys.held_out
@@ -332,12 +316,12 @@ class _Sharder:
         number = len(sizes) - 1 if self._state.held_out else sizes.index(min(sizes[:-1]))
         self._files[number].write(text)
         sizes[number] += len(text)
-        self._counts.documents += not self._state.in_document
+        self._counts["documents"] += not self._state.in_document
         self._state.in_document = True
-        self._counts.lines += lines
-        self._counts.words += words
-        self._counts.bytes += len(text)
-        self._counts.held_out_lines += lines * self._state.held_out
+        self._counts["lines"] += lines
+        self._counts["words"] += words
+        self._counts["bytes"] += len(text)
+        self._counts["held_out_lines"] += lines * self._state.held_out
 
     def _save(self, complete: bool = False) -> None:
         """Write down how far this is, when the shards are on disk. Deduplication would have to remember too much."""

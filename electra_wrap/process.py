@@ -143,29 +143,23 @@ def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: M
     What it prints goes to `log` (or nowhere). The errors it raises are raised here; anything else it dies of is
     StageFailed.
     """
-    child = subprocess.Popen(
+    child = subprocess.run(  # which kills it if we are interrupted
         [sys.executable, "-m", module],
         env=environment(env),
         cwd="/",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        input=json.dumps(job),
+        capture_output=True,
         encoding="utf-8",
         errors="replace",
+        check=False,
     )
-    try:
-        output, noise = child.communicate(json.dumps(job))
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
     if log is not None:
         with log.open("a", encoding="utf-8") as file:
-            file.write(noise)
+            file.write(child.stderr)
     try:
-        answer = json.loads(output.splitlines()[-1])
+        answer = json.loads(child.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        end = "\n".join(noise.strip().splitlines()[-15:])
+        end = "\n".join(child.stderr.strip().splitlines()[-15:])
         raise StageFailed(f"{module} ended with code {child.returncode}; see {log or 'above'}", end) from None
     hear(answer)
     return answer["result"]

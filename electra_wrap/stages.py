@@ -144,36 +144,31 @@ def _corpus(run: Run) -> dict[str, Any]:
 
         counts = corpus.shard(names, work, keys, _corpus_inputs(run), progress)
     corpus.put_in_place(work, run.directory / "corpus", run.directory / "heldout")
-    say(f"corpus: {counts.lines:,} lines, {counts.bytes / 1e6:.1f} MB, {counts.held_out_lines:,} lines held out")
+    say(f"corpus: {counts['lines']:,} lines, {counts['bytes'] / 1e6:.1f} MB, {counts['held_out_lines']:,} held out")
     for name, what in corpus.FINDINGS.items():
-        if number := getattr(counts, name):
-            say(f"corpus: {what}: {number:,}")
+        if what and counts[name]:
+            say(f"corpus: {what}: {counts[name]:,}")
     if keys.sha256 and keys.max_lines:
         say("corpus: corpus.sha256 is that of a whole file, and counts only if corpus.max_lines leaves nothing out")
-    if counts.invalid_utf8 > counts.lines / 100:
+    if counts["invalid_utf8"] > counts["lines"] / 100:
         say("corpus: that many are a sign of another encoding; convert the text, for example: iconv -f LATIN1 -t UTF-8")
-    if keys.held_out and not counts.held_out_lines:
+    if keys.held_out and not counts["held_out_lines"]:
         say("corpus: no document was held out; raise corpus.held_out or give more documents")
-    return dataclasses.asdict(counts)
+    return counts
 
 
 def _vocab_inputs(run: Run) -> dict[str, Any]:
     keys = run.profile.tokenizer
     if keys.source == "train":
-        return {
-            "tokenizer.source": "train",
-            "tokenizer.vocab_size": keys.vocab_size,
-            "tokenizer.sample_bytes": keys.sample_bytes,
-            "tokenizer.lowercase": keys.lowercase,
-            "tokenizer.strip_accents": keys.strip_accents,
-            "corpus": run.digest("corpus"),
+        return {f"tokenizer.{key}": value for key, value in keys.model_dump().items()} | {
+            "corpus": run.digest("corpus")
         }
-    if keys.source.startswith("hf://"):
-        return {"tokenizer.source": keys.source, "tokenizer.sha256": keys.sha256}
-    path = Path(keys.source)
-    if not path.is_file():
-        raise UsageError(vocab.no_such_file(keys.source))
-    return {"tokenizer.source": run.directory.digest(path), "tokenizer.sha256": keys.sha256}
+    source = keys.source
+    if not source.startswith("hf://"):
+        if not Path(source).is_file():
+            raise UsageError(vocab.no_such_file(source))
+        source = run.directory.digest(Path(source))
+    return {"tokenizer.source": source, "tokenizer.sha256": keys.sha256}
 
 
 def _vocab(run: Run) -> dict[str, Any]:
@@ -447,37 +442,23 @@ def _convert(run: Run) -> dict[str, Any]:
 
 def model_card(run: Run, network: Network, step: int, made_by: Any) -> str:
     """Return the README.md of a model that an engine exported, with the metadata that the hub reads."""
-    profile = run.profile
-    model_class = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network]
-    shape = profile.model.shape(network)
+    profile, shape = run.profile, run.profile.model.shape(network)
     lines = run.recorded("corpus").get("facts", {}).get("lines")
-    text = f"{lines:,} lines of text" if lines else "records made elsewhere"
-    return f"""---
-language: {profile.language}
-library_name: transformers
-tags:
-- electra
-- {network}
----
-
-# {profile.model_name} ({network})
-
-{profile.description}.
-
-An ELECTRA {network} with {shape.num_hidden_layers} layers of {shape.hidden_size}, trained for {step:,} steps of \
-{profile.train.batch_size} sequences of {profile.model.max_seq_length} tokens on {text}, with \
-{made_by.CREDIT}.
-
-```python
-from transformers import AutoTokenizer, {model_class}
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = {model_class}.from_pretrained("PATH")
-```
-
-Text is {"lowercased" if profile.tokenizer.lowercase else "cased"}, accents are \
-{"stripped" if profile.tokenizer.strip_accents else "kept"}. Licence and training data are yours to name here.
-"""
+    return (
+        Path(__file__)
+        .with_name("model_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            network=network,
+            model_class={"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network],
+            **{"language": profile.language, "name": profile.model_name, "description": profile.description},
+            **{"layers": shape.num_hidden_layers, "hidden": shape.hidden_size, "length": profile.model.max_seq_length},
+            **{"step": step, "batch": profile.train.batch_size, "credit": made_by.CREDIT},
+            text=f"{lines:,} lines of text" if lines else "records made elsewhere",
+            case="lowercased" if profile.tokenizer.lowercase else "cased",
+            accents="stripped" if profile.tokenizer.strip_accents else "kept",
+        )
+    )
 
 
 def _check(run: Run) -> dict[str, Any]:

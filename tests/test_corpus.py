@@ -19,7 +19,7 @@ from electra_wrap.errors import UsageError
 from electra_wrap.profile import Corpus
 
 
-def shard(tmp_path: Path, files: list[Any], **keys: Any) -> tuple[corpus.Counts, list[str], str]:
+def shard(tmp_path: Path, files: list[Any], **keys: Any) -> tuple[dict[str, int], list[str], str]:
     out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
     names = [str(file) for file in files]
     counts = corpus.shard(names, out, Corpus(source="", **{"shards": 3, **keys}))
@@ -36,8 +36,8 @@ def test_every_document_arrives_whole_and_once(tmp_path: Path) -> None:
     documents = [f"a{i}\nb{i} ñ\n" for i in range(50)]
     counts, parts, _ = shard(tmp_path, [write(tmp_path / "t", "\n".join(documents))])
     assert sorted("".join(parts).split("\n\n")[:-1]) == sorted(d.strip() for d in documents)
-    assert (counts.lines, counts.documents, counts.words) == (100, 50, 150)
-    assert counts.bytes == sum(len(p.encode()) for p in parts)
+    assert (counts["lines"], counts["documents"], counts["words"]) == (100, 50, 150)
+    assert counts["bytes"] == sum(len(p.encode()) for p in parts)
 
 
 @pytest.mark.parametrize("blank", [True, False])
@@ -56,7 +56,7 @@ def test_held_out_text_is_apart_and_stays_the_same_when_the_corpus_grows(tmp_pat
     large = write(tmp_path / "large", "".join(documents[::-1]))
     counts, parts, held_out = shard(tmp_path, [small], held_out=0.2)
     _, more_parts, more_held_out = shard(tmp_path, [large], held_out=0.2, shards=5)
-    assert 20 < counts.held_out_lines / 2 < 60
+    assert 20 < counts["held_out_lines"] / 2 < 60
     assert not set(held_out.split("\n\n")[:-1]) & set("".join(parts).split("\n\n"))
     assert set(held_out.split("\n\n")) <= set(more_held_out.split("\n\n"))
     assert sorted("".join(more_parts) + more_held_out) == sorted("".join(documents))
@@ -66,7 +66,7 @@ def test_a_line_is_what_upstreams_reader_calls_a_line(tmp_path: Path) -> None:
     raw = "\ufeffuno\r\n  dos \x0b tres\u2028cuatro\x85cinco\t\r\n\r\n\n\nseis".encode() + b"\xff\n"
     counts, parts, _ = shard(tmp_path, [write(tmp_path / "t", raw)], shards=1)
     assert parts == ["uno\ndos tres cuatro cinco\n\nseis\ufffd\n\n"]
-    assert counts.invalid_utf8 == 1
+    assert counts["invalid_utf8"] == 1
 
 
 BAD = {
@@ -85,9 +85,9 @@ def test_a_bad_line_is_counted_and_repaired_skipped_or_refused(tmp_path: Path, k
         "enormous_lines": "palabra " * 12_499 + "palabra\n" + "palabra " * 2500 + "fin\n",
     }[kind]
     counts, (text,), _ = shard(tmp_path, [path], shards=1)
-    assert text == f"antes\n{repaired}después\n\n" and getattr(counts, kind) == 1 and counts.skipped_lines == 0
+    assert text == f"antes\n{repaired}después\n\n" and counts[kind] == 1 and counts["skipped_lines"] == 0
     counts, (text,), _ = shard(tmp_path, [path], shards=1, bad_lines="skip")
-    assert text == "antes\ndespués\n\n" and getattr(counts, kind) == counts.skipped_lines == 1
+    assert text == "antes\ndespués\n\n" and counts[kind] == counts["skipped_lines"] == 1
     with pytest.raises(UsageError, match=rf"/t: line 2 of the corpus is one of the {corpus.FINDINGS[kind]}"):
         shard(tmp_path, [path], shards=1, bad_lines="stop")
 
@@ -98,7 +98,7 @@ def test_an_enormous_line_is_cut_between_characters_and_ends_no_document(tmp_pat
     first, *pieces, last = text.removesuffix("\n\n").split("\n")
     assert (first, last) == ("antes", "después") and "" not in pieces
     assert "".join(pieces) == line.strip() or " ".join(pieces) == line.strip()
-    assert counts.invalid_utf8 == 0 and counts.documents == 1
+    assert counts["invalid_utf8"] == 0 and counts["documents"] == 1
 
 
 def test_what_is_no_damage_is_mended_and_counted(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_is_no_damage_is_mended_and_counted(tmp_path: Path) -> None:
     for policy in ("repair", "skip", "stop"):
         counts, parts, _ = shard(tmp_path, [write(tmp_path / "t", raw)], shards=1, bad_lines=policy)
         assert parts == ["uno\ndos\n\ntres\n\n"]
-        assert (counts.byte_order_marks, counts.crlf_lines, counts.empty_documents, counts.documents) == (2, 2, 2, 2)
+        assert [counts[k] for k in ("byte_order_marks", "crlf_lines", "empty_documents", "documents")] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,8 @@ def test_duplicates_are_left_out_where_that_is_asked_for(tmp_path: Path, keys: A
     path = write(tmp_path / "t", "uno\ndos\n\nuno\ndos\n\nuno\ntres\n")
     counts, (text,), _ = shard(tmp_path, [path], shards=1, **keys)
     assert text == "".join(f"{document}\n" for document in expected)
-    assert counts.duplicate_documents + counts.duplicate_lines == (0 if not keys else 1 if len(expected[-1]) > 5 else 3)
+    left_out = counts["duplicate_documents"], counts["duplicate_lines"]
+    assert left_out == {None: (0, 0), "documents": (1, 0), "lines": (0, 3)}[keys.get("deduplicate")]
 
 
 def test_what_is_nearly_the_same_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_what_is_nearly_the_same_is_left_out_where_that_is_asked_for(tmp_path: P
     long = "En un lugar de la Mancha, de cuyo nombre no quiero acordarme, no ha mucho tiempo que vivía un hidalgo"
     path = write(tmp_path / "t", f"{long}.\n\n{long}!\n\nDe los de lanza en astillero, adarga antigua y rocín flaco.\n")
     counts, (text,), _ = shard(tmp_path, [path], shards=1, deduplicate="documents", similarity=0.8)
-    assert counts.duplicate_documents == 1 and "hidalgo." in text and "hidalgo!" not in text and "rocín" in text
+    assert counts["duplicate_documents"] == 1 and "hidalgo." in text and "hidalgo!" not in text and "rocín" in text
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".gz"])
@@ -194,14 +195,14 @@ def test_sharding_that_was_killed_goes_on(
     for path in (tmp_path / "undisturbed").rglob("*.txt"):
         assert (tmp_path / "killed" / path.relative_to(tmp_path / "undisturbed")).read_bytes() == path.read_bytes()
     other = corpus.shard(files[:1], tmp_path / "killed", keys, ["another"])
-    assert other.lines < expected.lines, "what is there is of another corpus"
+    assert other["lines"] < expected["lines"], "what is there is of another corpus"
 
 
 def test_an_enormous_line_at_the_end_of_a_file_takes_nothing_of_the_next(tmp_path: Path) -> None:
     files = [write(tmp_path / "a", "uno\n" + "x" * 100_000), write(tmp_path / "b", "dos\ntres\n")]
     for policy, middle in (("repair", "x" * 100_000 + "\n"), ("skip", "")):
         counts, (text,), _ = shard(tmp_path, files, shards=1, bad_lines=policy)
-        assert text == f"uno\n{middle}\ndos\ntres\n\n" and counts.documents == 2
+        assert text == f"uno\n{middle}\ndos\ntres\n\n" and counts["documents"] == 2
     counts, (text,), _ = shard(tmp_path, files, shards=1, max_lines=3)
     assert text.endswith("\n\ndos\n\n")
 
@@ -244,13 +245,13 @@ def test_max_lines_and_file_ends(tmp_path: Path) -> None:
     files = [write(tmp_path / "a", "1\n2"), write(tmp_path / "b", "3\n4\n5\n")]
     counts, parts, _ = shard(tmp_path, files, max_lines=4, shards=1)
     assert parts == ["1\n2\n\n3\n4\n\n"]
-    assert counts.lines == 4
+    assert counts["lines"] == 4
 
 
 def test_compressed_text_is_read_and_a_cut_archive_refused(tmp_path: Path) -> None:
     archive = gzip.compress(b"hola\nmundo\n" * 5000)
     counts, _, _ = shard(tmp_path, [write(tmp_path / "t.gz", archive)])
-    assert counts.lines == 10_000
+    assert counts["lines"] == 10_000
     with pytest.raises(UsageError, match=r"t\.gz: cannot be read as text"):
         shard(tmp_path, [write(tmp_path / "t.gz", archive[:-20])])
 

@@ -203,7 +203,7 @@ def test_max_lines_ends_the_transfer(server: Server, tmp_path: Path) -> None:
     content = gzip.compress("\n".join(lines).encode(), 1)
     keys = Corpus(source="", shards=2, max_lines=3200, blank_lines_separate_documents=False)
     counts = corpus.shard([server.url("es.gz", content)], tmp_path / "work", keys)
-    assert counts.lines == 3200 and len(content) > 10_000_000
+    assert counts["lines"] == 3200 and len(content) > 10_000_000
     assert server.sent == sources.FIRST_BLOCK
 
 
@@ -261,7 +261,7 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     assert read(name).decode() == "Uno.\nDos.\nTres.\n\n\n\nCuatro.\n\nCinco.\n\n"
     assert read(name, offset=5) == b"Dos.\n" + read(name, offset=10)
     counts = corpus.shard([name], tmp_path / "work", Corpus(source="", shards=1))
-    assert (counts.lines, counts.documents) == (5, 3)
+    assert (counts["lines"], counts["documents"]) == (5, 3)
     with pytest.raises(UsageError, match=r"no text in a column 'text'; there are texto"):
         sources.Stream(f"{sources.DATASET}{tmp_path}/es")
     assert "torch" not in sys.modules, "the data set's library imports it unless it is told not to"

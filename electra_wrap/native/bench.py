@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from electra_wrap import process, stages, vocab
 from electra_wrap.errors import EnvironmentLacks, StageFailed, UsageError
@@ -55,6 +57,20 @@ def bench(profile: Profile, engines: Sequence[str], steps: int, vocab_size: int 
                     raise
                 say(f"bench: {engine}: {error}")
     return found
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Print what `bench` measured."""
+    table = Table("engine", "device", "precision", "steps/s", "sequences/s", "tokens/s", "TFLOP/s", "of peak", box=None)
+    for one in results:
+        speeds = (one[f"{unit}_per_second"] for unit in ("steps", "sequences", "tokens"))
+        shown = [f"{speed:,.4g}" if speed < 1000 else f"{speed:,.0f}" for speed in speeds]
+        flops = f"{one['model_flops_per_second'] / 1e12:,.3g}"
+        table.add_row(
+            *(one[key] for key in ("engine", "device", "precision")), *shown, flops, f"{one['share_of_peak']:.0%}"
+        )
+    console = Console()
+    console.print(table, width=max(console.width, 120), crop=False)
 
 
 def _vocab_size(profile: Profile) -> int:
