@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from electra_wrap import profile, sources
 from electra_wrap.errors import EnvironmentLacks, UsageError
-from electra_wrap.rundir import finish, remove, write_json
+from electra_wrap.rundir import remove, write_json
 
 #: Largest piece kept together. A file without blank lines, or with one enormous document, would otherwise be
 #: one piece of work: a single process would do it all, from memory.
@@ -113,14 +113,6 @@ class _State:
     sizes: list[int] = dataclasses.field(default_factory=list)
     complete: bool = False
 
-    @classmethod
-    def read(cls, path: Path) -> _State | None:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return cls(**values)
-
 
 def shard(
     names: Iterable[str],
@@ -139,7 +131,8 @@ def shard(
     many bytes were read as they are stored, of how many (0: not known), and how many lines. UsageError if nothing is
     left, and as `sources.Stream`.
     """
-    state = _State.read(work / "state.json")
+    known = work / "state.json"
+    state = _State(**json.loads(known.read_text(encoding="utf-8"))) if known.is_file() else None
     if state is None or state.identity != identity:
         remove(work)
         state = _State(identity, [file for name in names for file in sources.expand(name)])
@@ -154,13 +147,6 @@ def shard(
         remove(work)
         raise UsageError("corpus.source has no text to train on; give a file with at least one line of text")
     return state.counts
-
-
-def put_in_place(work: Path, training: Path, held_out: Path) -> None:
-    """Give the shards in `work` their names, where they do not have them yet."""
-    for made, name in ((work / "heldout", held_out), (work / "corpus", training)):
-        if made.exists():
-            finish(made, name)
 
 
 class _Changed(Exception):
@@ -354,10 +340,9 @@ def _seen(keys: profile.Corpus, kind: str) -> Callable[[bytes], bool] | None:
         digests: set[bytes] = set()
 
         def exact(text: bytes) -> bool:
-            digest = hashlib.blake2b(text, digest_size=12).digest()
-            known = digest in digests
-            digests.add(digest)
-            return known
+            number = len(digests)
+            digests.add(hashlib.blake2b(text, digest_size=12).digest())
+            return len(digests) == number
 
         return exact
     try:

@@ -58,19 +58,11 @@ class Corpus(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Corpus:
-        _require(
-            self.sha256 is None or len(self.sources) == 1, "sha256", "it is that of one file; name one in corpus.source"
-        )
-        _require(
-            self.deduplicate != "documents" or self.blank_lines_separate_documents,
-            "deduplicate",
-            'without blank lines there are no documents; set it to "lines"',
-        )
-        _require(
-            self.similarity == 1 or self.deduplicate != "off",
-            "similarity",
-            'it says what counts as a duplicate; set corpus.deduplicate to "lines" or "documents" too',
-        )
+        one, some = len(self.sources) == 1, self.deduplicate != "off"
+        documents = self.deduplicate != "documents" or self.blank_lines_separate_documents
+        _require(self.sha256 is None or one, "sha256", "it is that of one file; name one in corpus.source")
+        _require(documents, "deduplicate", 'without blank lines there are no documents; set it to "lines"')
+        _require(self.similarity == 1 or some, "similarity", "it is for duplicates; set corpus.deduplicate too")
         return self
 
     @property
@@ -95,19 +87,15 @@ class Tokenizer(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Tokenizer:
-        _require(
-            self.lowercase or not self.strip_accents,
-            "strip_accents",
-            "upstream strips accents only from lowercased text; set tokenizer.lowercase = true too",
-        )
+        message = "upstream strips accents only from lowercased text; set tokenizer.lowercase = true too"
+        _require(self.lowercase or not self.strip_accents, "strip_accents", message)
         if self.source == "train":
             _require(self.vocab_size is not None, "vocab_size", 'source = "train" needs it; set it, for example 32000')
             _require(self.sha256 is None, "sha256", "a vocabulary that is trained has no digest yet; remove it")
         else:
-            message = 'it is counted from the vocabulary; remove it, or set source = "train"'
-            _require(self.vocab_size is None, "vocab_size", message)
-            message = 'it is for a vocabulary that is trained; remove it, or set source = "train"'
-            _require(self.sample_bytes is None, "sample_bytes", message)
+            for key in ("vocab_size", "sample_bytes"):
+                message = 'it is for a vocabulary that is trained; remove it, or set source = "train"'
+                _require(getattr(self, key) is None, key, message)
         return self
 
 

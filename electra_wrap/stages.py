@@ -24,7 +24,7 @@ from electra_wrap import check, corpus, parts, process, sources, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
-from electra_wrap.rundir import RunDir, partial, remove, write_json, write_text
+from electra_wrap.rundir import RunDir, finish, partial, remove, write_json, write_text
 
 #: Keys of hparams.json with which a model may go on (they say how long and how often, not what), and those that
 #: `_data_inputs` has under the profile's names.
@@ -143,7 +143,9 @@ def _corpus(run: Run) -> dict[str, Any]:
                 meter.update(done, f"{lines:,} lines", total)
 
         counts = corpus.shard(names, work, keys, _corpus_inputs(run), progress)
-    corpus.put_in_place(work, run.directory / "corpus", run.directory / "heldout")
+    for name in ("corpus", "heldout"):
+        if (work / name).exists():  # else it is in its place, and this attempt ended before it could say so
+            finish(work / name, run.directory / name)
     say(f"corpus: {counts['lines']:,} lines, {counts['bytes'] / 1e6:.1f} MB, {counts['held_out_lines']:,} held out")
     for name, what in corpus.FINDINGS.items():
         if what and counts[name]:
@@ -180,32 +182,24 @@ def _vocab(run: Run) -> dict[str, Any]:
     else:
         say(f"vocab: from {keys.source}")
         vocab.fetch(keys.source, run.vocabulary, keys.sha256)
-    size, fit = len(vocab.read(run.vocabulary)), vocabulary_fit(run)
+    tokens, length = vocab.read(run.vocabulary), run.profile.model.max_seq_length
+    fit = vocab.measure(run.directory / "corpus", tokens, max_seq_length=length, **keys.rules)
     shown = f"; {fit['tokens_per_word']:.3f} for a word, {fit['unknown_share']:.3%} of them [UNK]" if fit else ""
-    say(f"vocab: {size:,} tokens{shown}")
+    say(f"vocab: {len(tokens):,} tokens{shown}")
     if fit and fit["cut_share"] > 0.01:
         say(
             f"vocab: {fit['cut_share']:.0%} of the tokens are further into their line than model.max_seq_length, and "
             "no example has them; put one sentence on a line"
         )
-    return {"vocab_size": size, **fit}
-
-
-def vocabulary_fit(run: Run) -> dict[str, float]:
-    """`vocab.measure` of a run's vocabulary on its corpus."""
-    keys, length = run.profile.tokenizer, run.profile.model.max_seq_length
-    return vocab.measure(run.directory / "corpus", vocab.read(run.vocabulary), max_seq_length=length, **keys.rules)
+    return {"vocab_size": len(tokens), **fit}
 
 
 def corpus_report(run: Run) -> dict[str, Any]:
     """What is known of a run's corpus, and how its vocabulary fits. UsageError if there is no corpus yet."""
-    facts = run.recorded("corpus").get("facts")
-    if facts is None:
-        raise UsageError(f"{run.directory.path} has no corpus yet; first `run --until vocab`")
-    found = {"shards": len(list((run.directory / "corpus").iterdir())), **facts}
-    if run.vocabulary.is_file():
-        found |= {"vocab_size": len(vocab.read(run.vocabulary)), **vocabulary_fit(run)}
-    return found
+    if not (facts := run.recorded("corpus").get("facts")):
+        raise UsageError(f"{run.directory.path} has no corpus of text yet; first `run --until vocab`")
+    shards = len(list((run.directory / "corpus").iterdir()))
+    return {"shards": shards, **facts, **run.recorded("vocab").get("facts", {})}
 
 
 def _data_inputs(run: Run) -> dict[str, Any]:
@@ -428,13 +422,8 @@ def _convert(run: Run) -> dict[str, Any]:
     with partial(run.directory / "hf") as out:
         facts = made_by.export(run, step, out)
         for network in NETWORKS:
-            vocab.write_tokenizer(
-                out / network,
-                vocab.read(run.vocabulary),
-                lowercase=keys.lowercase,
-                strip_accents=keys.strip_accents,
-                max_length=run.profile.model.max_seq_length,  # positions beyond it were never trained
-            )
+            length = run.profile.model.max_seq_length  # positions beyond it were never trained
+            vocab.write_tokenizer(out / network, vocab.read(run.vocabulary), max_length=length, **keys.rules)
             write_text(out / network / "README.md", model_card(run, network, step, made_by))
     say(f"convert: step {step:,} is in {run.directory / 'hf'}")
     return {"step": step, **facts}

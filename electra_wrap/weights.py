@@ -203,13 +203,9 @@ def convert(
                     tensors = (_read(reader, row, slot) for row in one.mapping)
                     _save(directory / f"{file}.safetensors", sizes, tensors)
                 if tokens is not None:
-                    vocab.write_tokenizer(
-                        directory,
-                        tokens,
-                        lowercase=lowercase,
-                        strip_accents=strip_accents,
-                        max_length=max_length or one.config["max_position_embeddings"],
-                    )
+                    keys = {"lowercase": lowercase, "strip_accents": strip_accents}
+                    length = max_length or one.config["max_position_embeddings"]
+                    vocab.write_tokenizer(directory, tokens, max_length=length, **keys)
     except UsageError as error:
         raise UsageError(f"{prefix}: {error}") from None
     except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:  # the reader's, for damaged files
