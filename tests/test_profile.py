@@ -123,7 +123,10 @@ def test_each_network_has_its_own_sizes(
         ("tokenizer.vocab_size=100", ["tokenizer.vocab_size = 100", "is for a vocabulary that is trained"]),
         ("tokenizer.source=train", ["tokenizer.vocab_size", "32000"]),
         ("tokenizer.sample_bytes=9", ["tokenizer.sample_bytes = 9", "is for a vocabulary that is trained"]),
-        ("corpus.deduplicate=documents", ["corpus.deduplicate = 'documents'", "there are no documents"]),
+        (
+            "corpus={deduplicate='documents', blank_lines_separate_documents=false}",
+            ["corpus.deduplicate = 'documents'", "there are no documents"],
+        ),
         ("corpus.similarity=0.9", ["corpus.similarity = 0.9", "set corpus.deduplicate"]),
         (f"corpus={{source=['a','b'],sha256='{'0' * 64}'}}", ["corpus.sha256", "is that of one file"]),
         ("corpus.bad_lines=ignore", ["corpus.bad_lines = 'ignore'", "'repair', 'skip' or 'stop'"]),
