@@ -85,6 +85,21 @@ def test_a_vocabulary_is_trained_on_a_sample_of_all_shards(tmp_path: Path) -> No
     assert {*found, "número"} <= set(vocab.read(tmp_path / "v"))
 
 
+def test_words_are_computed_once_and_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab, "MAX_WORDS", 3)
+    computed: list[str] = []
+
+    def compute(word: str) -> list[int]:
+        computed.append(word)
+        return [ord(c) for c in word]
+
+    words = vocab.Words(compute)
+    assert words.ids("a b a a") == [97, 98, 97, 97] and computed == ["a", "b"]
+    text = "a b c d a e ab  b"
+    assert words.ids(text) == [ord(c) for c in text if c != " "] and len(words) <= 3
+    assert computed[2:] == ["c", "d", "a", "e", "ab", "", "b"]
+
+
 def test_how_a_vocabulary_fits(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     write(tmp_path / "corpus" / "part-00000.txt", ["ab b", "", "x [MASK]", "ab ab ab ab ab ab ab ab"])
