@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from conftest import SPANISH
 
 from electra_wrap import cli as cli_module
 from electra_wrap import paths
+from electra_wrap.native import bench
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -149,7 +151,8 @@ def test_show_prints_json(cli: Cli) -> None:
     assert json.loads(cli("show", "--set", "train.steps=77").stdout)["train"]["steps"] == 77
 
 
-def test_bench_measures(cli: Cli) -> None:
+@pytest.mark.slow
+def test_bench_measures(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("model.hidden_size=64", "model.num_hidden_layers=1", "train.batch_size=4", "train.device=cpu")
     overrides = [part for key in keys for part in ("--set", key)]
     done = cli("bench", "--engine", "native", "--steps", "24", "--vocab-size", "600", "--json", *overrides)
@@ -158,7 +161,8 @@ def test_bench_measures(cli: Cli) -> None:
     assert measured["sequences_per_second"] == pytest.approx(4 * measured["steps_per_second"])
     assert measured["tokens_per_second"] == pytest.approx(4 * 64 * measured["steps_per_second"])
     assert 0 < measured["share_of_peak"] < 1
-    assert "steps/s" in cli("bench", "--engine", "native", "--steps", "12", "--vocab-size", "600", *overrides).stdout
+    bench.show([measured])
+    assert re.search(r"steps/s .*\n *native +cpu +float32", capsys.readouterr().out)
 
 
 def test_profiles_lists_names_and_descriptions(cli: Cli) -> None:
