@@ -50,11 +50,7 @@ _NO_TEXT = {
 #: of the text kept; the next three are mended, whatever the profile says, because nothing of the text is lost by that;
 #: `corpus.bad_lines` is for the three after them.
 FINDINGS = {
-    "lines": "",
-    "documents": "",
-    "words": "",
-    "bytes": "",
-    "held_out_lines": "",
+    **dict.fromkeys(("lines", "documents", "words", "bytes", "held_out_lines"), ""),
     "byte_order_marks": "byte order marks, removed",
     "crlf_lines": "lines that end with \\r\\n, mended",
     "empty_documents": "empty documents, removed",
@@ -159,13 +155,11 @@ class _Sharder:
         self._counts = state.counts
         self._separator = b"\n" if keys.blank_lines_separate_documents else b""
         self._lines, self._documents = (_seen(keys, kind) for kind in ("lines", "documents"))
-        self._piece: list[bytes] = []
-        self._piece_bytes = 0
         self._files: list[BinaryIO] = []
-        self._piece_words = 0
+        self._piece: list[bytes] = []
+        self._piece_bytes, self._piece_words = 0, 0
         self._done, self._total = 0, 0
-        self._whole_line = True
-        self._saved = time.monotonic()
+        self._whole_line, self._saved = True, time.monotonic()
 
     def run(self) -> None:
         names = self._state.names

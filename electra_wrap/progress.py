@@ -30,16 +30,9 @@ class Meter:
         self._first, self._started, self._printed, self._last = done, time.monotonic(), 0.0, -1
         self._bar: Progress | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn(f"{what} {{task.fields[shown]}}"),
-                BarColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=False,
-            )
+            shown, note = TextColumn(f"{what} {{task.fields[shown]}}"), TextColumn("{task.fields[note]}")
+            times = TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()
+            self._bar = Progress(shown, BarColumn(), note, *times, console=console)
             self._task = self._bar.add_task(what, total=total or None, completed=done, shown=self._show(done), note="")
 
     def __enter__(self) -> Meter:

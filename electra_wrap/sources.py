@@ -60,8 +60,6 @@ def expand(name: str) -> list[str]:
     filesystem, path = _filesystem(name)
     try:
         found = sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
-    except FileNotFoundError:
-        found = []
     except Exception as error:  # each file system has errors of its own
         raise EnvironmentLacks(f"{name} cannot be listed ({_said(error)}); mend that and run again") from None
     if not found:
@@ -92,6 +90,9 @@ class Stream:
         else:
             self._raw = io.FileIO(name)
             self._raw.seek(skipped)
+        #: What a server says of which version of a file this is; bytes as they are stored; 0 if that is not known.
+        self.version: str | None = getattr(self._raw, "version", None)
+        self.size: int = getattr(self._raw, "size", 0)
         self.done = skipped
         counted = io.BufferedReader(_Tap(self._raw, self._tap), 2**16)
         self._stored = counted
@@ -104,16 +105,6 @@ class Stream:
         self.done += len(data)
         if self._sha256:
             self._hash.update(data)
-
-    @property
-    def version(self) -> str | None:
-        """What a server says of which version of a file this is, if it does."""
-        return getattr(self._raw, "version", None)
-
-    @property
-    def size(self) -> int:
-        """Bytes as they are stored; 0 if that is not known."""
-        return Path(self.name).stat().st_size if isinstance(self._raw, io.FileIO) else getattr(self._raw, "size", 0)
 
     def readline(self, limit: int) -> bytes:
         """Return the next line with its end, or `limit` bytes of it; nothing at the end of the text."""
@@ -137,14 +128,16 @@ class Stream:
         self._raw.close()
 
 
-class _Tap(io.RawIOBase):
+class _Raw(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+
+class _Tap(_Raw):
     """A file whose bytes someone sees pass."""
 
     def __init__(self, file: io.RawIOBase, see: Any) -> None:
         self._file, self._see = file, see
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: Any) -> int:
         number = self._file.readinto(buffer) or 0
@@ -183,7 +176,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return found
 
 
-class _Remote(io.RawIOBase):
+class _Remote(_Raw):
     """A file behind a URL, read in order.
 
     A transfer that breaks off goes on where it stopped; where a server cannot do that, it begins again and what is
@@ -197,9 +190,6 @@ class _Remote(io.RawIOBase):
         self._filesystem, self._path = _filesystem(url)
         self._file: Any = None
         self._attempt(lambda: b"")  # so that size and version are known
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: Any) -> int:
         data = self._attempt(lambda: self._read(len(buffer)))
@@ -288,16 +278,13 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-class _Dataset(io.RawIOBase):
+class _Dataset(_Raw):
     """A data set of a hub as text: its rows one after the other, with a blank line after each."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self.version: str | None = None
         self._rows, self._row = self._open(), io.BytesIO()
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: Any) -> int:
         while not (number := self._row.readinto(buffer)):

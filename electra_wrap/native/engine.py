@@ -68,15 +68,13 @@ def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
     examples.join(parts, out)
 
 
-def take(run: Run, records: Path, out: Path) -> int:
-    """Make a store of upstream's records that were made elsewhere, if they fit; return the number of examples."""
-    return read_records(run, records, out)
+def take(run: Run, records: Path, out: Path | None) -> int:
+    """Read upstream's records that were made elsewhere, into a store if `out` is given; return their number.
 
-
-def read_records(run: Run, directory: Path, out: Path | None) -> int:
-    """Read upstream's records, into a store if `out` is given; return their number. UsageError if they do not fit."""
+    UsageError if they do not fit.
+    """
     size, length = len(vocab.read(run.vocabulary)), run.profile.model.max_seq_length
-    job = {"directory": str(directory), "length": length, "vocab_size": size, "out": out and str(out)}
+    job = {"directory": str(records), "length": length, "vocab_size": size, "out": out and str(out)}
     return int(process.call("electra_wrap.native.records", job, log=run.log(DATA)))
 
 

@@ -1,8 +1,8 @@
 """The part of `tf.estimator` that run_pretraining.py uses, on tf.compat.v1.train.
 
 TensorFlow 2.16 dropped Estimator. What the script needs of it is small: build one graph, run it in a
-MonitoredTrainingSession with the script's own hooks, save checkpoints and summaries. Names and arguments are
-Estimator's, because the script calls them.
+MonitoredTrainingSession with the script's own hooks, save checkpoints and summaries, or evaluate the latest
+checkpoint. Names and arguments are Estimator's, because the script calls them.
 
 What the scripts have no argument for (seed, precision, XLA) comes from the environment: see engine.train.
 """
@@ -49,7 +49,7 @@ class _TPU:
     )
 
     class TPUEstimator:
-        """Trains the model that `model_fn` builds."""
+        """Trains and evaluates the model that `model_fn` builds."""
 
         def __init__(
             self,
@@ -103,6 +103,38 @@ class _TPU:
                         session.run(spec.train_op)
             if stop.signal is not None:
                 sys.exit(INTERRUPTED)
+
+        def evaluate(self, input_fn: Callable[..., Any], steps: int) -> dict[str, Any]:
+            """Return the metrics, `loss` and `global_step` of the latest checkpoint over `steps` batches.
+
+            Also written as summaries to model_dir/eval. ValueError if there is no checkpoint.
+            """
+            checkpoint = tf.train.latest_checkpoint(self._config.model_dir)
+            if checkpoint is None:
+                raise ValueError(f"no checkpoint in {self._config.model_dir}")
+            with tf.Graph().as_default():
+                spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
+                metric_fn, tensors = spec.eval_metrics
+                metrics = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
+                values = {name: value for name, (value, _) in metrics.items()}
+                updates = [update for _, update in metrics.values()]
+                global_step = tf.train.get_or_create_global_step()
+                with tf.train.MonitoredSession(
+                    tf.train.ChiefSessionCreator(
+                        checkpoint_filename_with_path=checkpoint, config=self._session_config()
+                    ),
+                    hooks=spec.evaluation_hooks,
+                ) as session:
+                    for _ in range(steps):
+                        session.run(updates)
+                    results, step = session.run([values, global_step])
+            summary = tf.Summary(
+                value=[tf.Summary.Value(tag=name, simple_value=float(value)) for name, value in results.items()]
+            )
+            # The file writer belongs to graph mode, which disable_v2_behavior() has made the default.
+            with tf.summary.FileWriter(f"{self._config.model_dir}/eval") as writer:
+                writer.add_summary(summary, step)
+            return {**results, "global_step": step}
 
         def _build(self, mode: str, input_fn: Callable[..., Any], seed: int) -> Any:
             tf.set_random_seed(seed)
