@@ -157,8 +157,7 @@ class _Sharder:
         self._lines, self._documents = (_seen(keys, kind) for kind in ("lines", "documents"))
         self._files: list[BinaryIO] = []
         self._piece: list[bytes] = []
-        self._piece_bytes, self._piece_words = 0, 0
-        self._done, self._total = 0, 0
+        self._piece_bytes, self._piece_words, self._done, self._total = 0, 0, 0, 0
         self._whole_line, self._saved = True, time.monotonic()
 
     def run(self) -> None:
@@ -316,9 +315,8 @@ class _Sharder:
 
 
 def _refuse_no_text(name: str, beginning: bytes) -> None:
-    for magic, what in _NO_TEXT.items():
-        if re.match(magic, beginning):
-            raise UsageError(f"{name} is {what}")
+    for what in (what for magic, what in _NO_TEXT.items() if re.match(magic, beginning)):
+        raise UsageError(f"{name} is {what}")
 
 
 def _fraction(text: bytes) -> float:

@@ -178,6 +178,7 @@ def _vocab(run: Run) -> dict[str, Any]:
     if keys.source == "train":
         assert keys.vocab_size is not None
         size, most = keys.vocab_size, keys.sample_bytes
+        say(f"vocab: trains {size:,} tokens")
         vocab.train(run.directory / "corpus", run.vocabulary, vocab_size=size, sample_bytes=most, **keys.rules)
     else:
         say(f"vocab: from {keys.source}")
