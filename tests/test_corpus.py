@@ -175,18 +175,23 @@ def test_sharding_that_was_killed_goes_on(
         files.append(str(write(tmp_path / f"{i}{suffix}", gzip.compress(content) if suffix == ".gz" else content)))
     keys = Corpus(source="", shards=3, held_out=0.2, max_lines=3000, blank_lines_separate_documents=blank)
     expected = corpus.shard(files, tmp_path / "undisturbed", keys, ["identity"])
-    real, killed = corpus._Sharder._add, 0
+    killed = 0
 
-    def add(self: Any, raw: bytes, name: str) -> None:
-        if random.random() < 0.003:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(self, raw, name)
+    def dangerous(function: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            if random.random() < 0.002:
+                os.kill(os.getpid(), signal.SIGKILL)
+            function(*arguments)
+
+        return call
 
     status = 1
     while status:
         random = Random(killed)
         if (child := os.fork()) == 0:
-            monkeypatch.setattr(corpus._Sharder, "_add", add)
+            # Between lines, and between what is written to the shards and what is written of them.
+            monkeypatch.setattr(corpus._Sharder, "_add", dangerous(corpus._Sharder._add))
+            monkeypatch.setattr(corpus, "write_json", dangerous(corpus.write_json))
             corpus.shard(files, tmp_path / "killed", keys, ["identity"])
             os._exit(0)
         status = os.waitpid(child, 0)[1]
