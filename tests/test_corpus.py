@@ -162,9 +162,9 @@ def test_what_is_nearly_the_same_is_left_out_where_that_is_asked_for(tmp_path: P
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".gz"])
-@pytest.mark.parametrize("blank", [True, False])
+@pytest.mark.parametrize(("blank", "deduplicate"), [(True, "off"), (False, "off"), (True, "lines")])
 def test_sharding_that_was_killed_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, blank: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, blank: bool, deduplicate: str
 ) -> None:
     monkeypatch.setattr(corpus, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(corpus, "MAX_PIECE_LINES", 7)
@@ -173,13 +173,15 @@ def test_sharding_that_was_killed_goes_on(
     for i in range(2):
         content = text[i * 999 :]
         files.append(str(write(tmp_path / f"{i}{suffix}", gzip.compress(content) if suffix == ".gz" else content)))
-    keys = Corpus(source="", shards=3, held_out=0.2, max_lines=3000, blank_lines_separate_documents=blank)
+    keys = Corpus(
+        source="", shards=3, held_out=0.2, max_lines=3000, blank_lines_separate_documents=blank, deduplicate=deduplicate
+    )
     expected = corpus.shard(files, tmp_path / "undisturbed", keys, ["identity"])
     killed = 0
 
     def dangerous(function: Any) -> Any:
         def call(*arguments: Any) -> None:
-            if random.random() < 0.002:
+            if random.random() < (0.002 if deduplicate == "off" else 0.0005):
                 os.kill(os.getpid(), signal.SIGKILL)
             function(*arguments)
 
@@ -196,7 +198,10 @@ def test_sharding_that_was_killed_goes_on(
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         killed += status == signal.SIGKILL
-    assert killed > 5 and corpus.shard(files, tmp_path / "killed", keys, ["identity"]) == expected
+    assert (
+        killed > (5 if deduplicate == "off" else 0)
+        and corpus.shard(files, tmp_path / "killed", keys, ["identity"]) == expected
+    )
     for path in (tmp_path / "undisturbed").rglob("*.txt"):
         assert (tmp_path / "killed" / path.relative_to(tmp_path / "undisturbed")).read_bytes() == path.read_bytes()
     other = corpus.shard(files[:1], tmp_path / "killed", keys, ["another"])

@@ -12,6 +12,7 @@ import lzma
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content[start : min(end, start + most)])
         server.sent += min(end - start, most)
         if most < end - start:
+            time.sleep(0.1)  # what was sent arrives before the connection ends
             self.close_connection = True
             server.after()
 

@@ -245,6 +245,7 @@ def test_what_is_taken_away_is_made_again(make_run: MakeRun, lost: str) -> None:
     undisturbed = make_run()
     stages.execute(undisturbed, "tfrecords")
     expected = {name: undisturbed.digest(name) for name in ("corpus", "heldout", "pretrain_tfrecords")}
+    facts = undisturbed.recorded("tfrecords")["facts"]
     shutil.rmtree(undisturbed.directory.path)
     stages.execute(make_run(), "vocab")
     if lost == "part.json":
@@ -259,6 +260,7 @@ def test_what_is_taken_away_is_made_again(make_run: MakeRun, lost: str) -> None:
             shutil.rmtree(make_run().directory / name)
     stages.execute(make_run(), "tfrecords")
     assert {name: make_run().digest(name) for name in expected} == expected
+    assert make_run().recorded("tfrecords")["facts"] == facts
     assert todo(make_run(), "tfrecords") == {}
 
 
@@ -295,6 +297,7 @@ def test_a_full_disk_is_said_by_the_process_that_builds(
 def test_parts_of_other_settings_are_not_joined(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     stages.execute(make_run(), "vocab")
     stages.build_nth(make_run(), 0, 2)
+    assert built(make_run()) == {"00000"}
     stages.execute(make_run("train.seed=1"), "tfrecords")
     assert "has parts of other settings (train.seed was 0 and is 1); they are now" in " ".join(
         capsys.readouterr().err.split()

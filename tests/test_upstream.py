@@ -163,6 +163,7 @@ def test_the_fast_script_writes_what_the_slow_one_writes(
         "中文。Ωμέγας\u0301 ﬁn\xad",
         "ñ" * 201,
         "½°§«a»—b_c",
+        "a+b=c $5 co\xadma x\xa0y\x07z",
     ]
     text = tmp_path / "text"
     text.mkdir()
