@@ -434,20 +434,16 @@ def model_card(run: Run, network: Network, step: int, made_by: Any) -> str:
     """Return the README.md of a model that an engine exported, with the metadata that the hub reads."""
     profile, shape = run.profile, run.profile.model.shape(network)
     lines = run.recorded("corpus").get("facts", {}).get("lines")
-    return (
-        Path(__file__)
-        .with_name("model_card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            network=network,
-            model_class={"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network],
-            **{"language": profile.language, "name": profile.model_name, "description": profile.description},
-            **{"layers": shape.num_hidden_layers, "hidden": shape.hidden_size, "length": profile.model.max_seq_length},
-            **{"step": step, "batch": profile.train.batch_size, "credit": made_by.CREDIT},
-            text=f"{lines:,} lines of text" if lines else "records made elsewhere",
-            case="lowercased" if profile.tokenizer.lowercase else "cased",
-            accents="stripped" if profile.tokenizer.strip_accents else "kept",
-        )
+    card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return card.format(
+        network=network,
+        model_class={"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network],
+        **{"language": profile.language, "name": profile.model_name, "description": profile.description},
+        **{"layers": shape.num_hidden_layers, "hidden": shape.hidden_size, "length": profile.model.max_seq_length},
+        **{"step": step, "batch": profile.train.batch_size, "credit": made_by.CREDIT},
+        text=f"{lines:,} lines of text" if lines else "records made elsewhere",
+        case="lowercased" if profile.tokenizer.lowercase else "cased",
+        accents="stripped" if profile.tokenizer.strip_accents else "kept",
     )
 
 
@@ -614,6 +610,7 @@ def _do(run: Run, stage: Stage) -> None:
         "inputs": stage.inputs(run),
         "versions": versions(run, stage),
     }
+    # An attempt at the same thing that was killed: what is there is its work, and not something to set aside.
     same = all(recorded.get(key) == entry[key] for key in ("outcome", "inputs", "versions"))
     begun = any((run.directory / name).exists() for name in stage.scratch)
     for name in stage.outputs:
