@@ -1,4 +1,21 @@
-from electra_wrap.cli import entry_point
+"""`python -m electra_wrap`. A signal is answered in one line from the very beginning."""
+
+import signal
+import sys
+
+
+def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)
+    try:
+        from electra_wrap.cli import entry_point
+
+        entry_point()
+    except KeyboardInterrupt:
+        print("electra_wrap: error: interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
-    entry_point()
+    main()

@@ -40,6 +40,12 @@ def _command(does: str, *arguments: Any) -> Callable[[Callable[..., None]], Call
     return add
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def _argument(*names: str, **keys: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, keys
 
@@ -91,13 +97,11 @@ def show(arguments: argparse.Namespace) -> None:
     loaded = profile.Profile.load(arguments.profile, arguments.set)
     if arguments.what == "profile":
         return _print_json(loaded.model_dump())
-    candidates = [_run_dir(arguments) / "vocab.txt", Path(loaded.tokenizer.source)]
-    existing = [path for path in candidates if path.is_file()]
-    if existing:
-        size = len(vocab.read(existing[0]))
-    elif loaded.tokenizer.vocab_size is not None:
-        size = loaded.tokenizer.vocab_size
-    else:
+    size = loaded.tokenizer.vocab_size
+    for path in (Path(loaded.tokenizer.source), _run_dir(arguments) / "vocab.txt"):
+        if path.is_file():
+            size = len(vocab.read(path))
+    if size is None:
         raise EnvironmentLacks(
             "vocab_size is counted from the vocabulary, which is not here yet; first `run --until vocab`"
         )
@@ -134,9 +138,9 @@ def vendor(arguments: argparse.Namespace) -> None:
     _argument("--model", choices=["both", *profile.NETWORKS], default="both"),
     _argument("--lowercase", action="store_true", help="the model was trained on lowercased text"),
     _argument("--strip-accents", action="store_true", help="… and without accents"),
-    _argument("--max-length", type=int, metavar="N", help="longest text for the tokenizer (default: positions)"),
-    _argument("--heads", type=int, metavar="N", help="discriminator's attention heads (default: hidden/64)"),
-    _argument("--generator-heads", type=int, metavar="N", help="likewise the generator's"),
+    _argument("--max-length", type=_positive, metavar="N", help="longest text for the tokenizer (default: positions)"),
+    _argument("--heads", type=_positive, metavar="N", help="discriminator's attention heads (default: hidden/64)"),
+    _argument("--generator-heads", type=_positive, metavar="N", help="likewise the generator's"),
     _argument("--to-tf", action="store_true", help="from transformers to a checkpoint at --step (default: 0)"),
     _argument("--force", action="store_true", help="replace what is in --out"),
 )
@@ -218,6 +222,27 @@ def bench(arguments: argparse.Namespace) -> None:
     native_bench.show(results)
 
 
+@_command(
+    "look at what this machine has of what a run needs",
+    _argument("--profile", metavar="NAME|FILE", help="say what this profile lacks, with exit code 3"),
+    _PROFILE[1],
+    *(_RUN_DIR, _UPSTREAM, _JSON),
+)
+def doctor(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from electra_wrap import doctor as examination
+
+    named, arguments.profile = bool(arguments.profile), arguments.profile or DEFAULT_PROFILE
+    findings = list(examination.examine(_run(arguments), named))
+    if arguments.json:
+        _print_json([{**dataclasses.asdict(one), "status": one.status} for one in findings])
+    else:
+        examination.show(findings)
+    if missing := [one.what for one in findings if one.status == "missing"]:
+        raise EnvironmentLacks(f"{arguments.profile} needs what is missing here: {', '.join(missing)}; mend that first")
+
+
 @_command("open TensorBoard on a run", *_PROFILE, _RUN_DIR)
 def tensorboard(arguments: argparse.Namespace) -> None:
     directory = _run_dir(arguments) / "models"
@@ -256,16 +281,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         command.set_defaults(function=function)
         for names, keys in arguments:
             command.add_argument(*names, **keys)
+    if empty := [argument for argument in argv if argument.startswith("--") and argument.endswith("=--")]:
+        parser.error(f"{empty[0]} gives no value")  # which argparse takes for an empty list
     return parser.parse_args(argv[1:])
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run a command; errors become one line and an exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             arguments.function(arguments)
         except KeyboardInterrupt:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # there is nothing left to do but to say so
             raise Interrupted("interrupted; the same command resumes") from None
         except BrokenPipeError:  # `… | head`: the reader has what it wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

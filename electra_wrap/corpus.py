@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import google_crc32c
+
 from electra_wrap import profile, sources
 from electra_wrap.errors import EnvironmentLacks, UsageError
 from electra_wrap.rundir import remove, write_json
@@ -72,7 +74,7 @@ def find(names: Iterable[str], exclude: Path) -> list[str]:
     found: list[str] = []
     for name in names:
         if sources.is_remote(name):
-            found += [name] if name not in found else []
+            found.append(name)
             continue
         path = Path(name)
         if path.is_dir():
@@ -86,8 +88,8 @@ def find(names: Iterable[str], exclude: Path) -> list[str]:
         files = [p.absolute() for p in files if not p.resolve().is_relative_to(exclude)]
         if not files:
             raise UsageError(f"corpus.source = {name!r} has no text; give files, globs, URLs or directories with *.txt")
-        found += [str(p) for p in files if str(p) not in found]
-    return found
+        found += map(str, files)
+    return list(dict.fromkeys(found))
 
 
 @dataclasses.dataclass
@@ -105,9 +107,23 @@ class _State:
     #: Whether a document goes on there of which something was written, and whether it is held out.
     in_document: bool = False
     held_out: bool | None = None
-    #: Bytes written to each shard; the last is the held-out one.
+    #: Bytes written to each shard and their CRC-32C; the last is the held-out one.
     sizes: list[int] = dataclasses.field(default_factory=list)
+    checks: list[int] = dataclasses.field(default_factory=list)
     complete: bool = False
+
+    def fits(self, shards: int) -> bool:
+        """Whether this is what a state of so many shards looks like."""
+        numbers = [self.source, self.offset, self.read_lines, *self.sizes, *self.checks, *self.counts.values()]
+        return (
+            len(self.sizes) == len(self.checks) == shards + 1
+            and self.counts.keys() == FINDINGS.keys()
+            and all(isinstance(number, int) and number >= 0 for number in numbers)
+            and isinstance(self.names, list)
+            and all(isinstance(name, str) for name in self.names)
+            and isinstance(self.version, str | None)
+            and {type(self.in_document), type(self.held_out)} <= {bool, type(None)}
+        )
 
 
 def shard(
@@ -128,11 +144,15 @@ def shard(
     left, and as `sources.Stream`.
     """
     known = work / "state.json"
-    state = _State(**json.loads(known.read_text(encoding="utf-8"))) if known.is_file() else None
+    state = None
+    # Damaged is as good as not there.
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, AttributeError, RecursionError):
+        read = _State(**json.loads(known.read_text(encoding="utf-8")))
+        state = read if read.fits(keys.shards) else None
     if state is None or state.identity != identity:
         remove(work)
         state = _State(identity, [file for name in names for file in sources.expand(name)])
-        state.sizes = [0] * (keys.shards + 1)
+        state.sizes, state.checks = [0] * (keys.shards + 1), [0] * (keys.shards + 1)
     if not state.complete:
         try:
             _Sharder(work, keys, state, on_progress).run()
@@ -157,7 +177,7 @@ class _Sharder:
         self._lines, self._documents = (_seen(keys, kind) for kind in ("lines", "documents"))
         self._files: list[BinaryIO] = []
         self._piece: list[bytes] = []
-        self._piece_bytes, self._piece_words, self._done, self._total = 0, 0, 0, 0
+        self._piece_bytes = self._done = self._total = 0
         self._whole_line, self._saved = True, time.monotonic()
 
     def run(self) -> None:
@@ -169,10 +189,11 @@ class _Sharder:
             (self._work / directory).mkdir(parents=True, exist_ok=True)
         paths = [self._work / "corpus" / f"part-{number:05d}.txt" for number in range(self._keys.shards)]
         with contextlib.ExitStack() as stack:
-            for path, size in zip([*paths, self._work / "heldout" / "part-00000.txt"], self._state.sizes, strict=True):
-                self._files.append(stack.enter_context(path.open("ab")))
-                if self._files[-1].tell() < size:
+            paths.append(self._work / "heldout" / "part-00000.txt")
+            for path, size, check in zip(paths, self._state.sizes, self._state.checks, strict=True):
+                if size and _checksum(path, size) != check:
                     raise _Changed
+                self._files.append(stack.enter_context(path.open("ab")))
                 self._files[-1].truncate(size)
             while self._state.source < len(names) and not self._enough():
                 self._read(names[self._state.source], len(names) == 1)
@@ -253,14 +274,12 @@ class _Sharder:
             self._counts["skipped_lines"] += 1
             return
         # Upstream's reader ends a line at \n alone; what else Python calls a line end is a space.
-        words = line.split()
-        text = " ".join(words).encode()
+        text = " ".join(line.split()).encode()
         if not text:
             return
         if self._lines is not None and self._lines(text):
             self._counts["duplicate_lines"] += 1
             return
-        self._piece_words += len(words)
         self._piece.append(text)
         self._piece_bytes += len(text) + 1
 
@@ -284,8 +303,8 @@ class _Sharder:
         if not self._piece:
             return
         text = b"\n".join(self._piece) + b"\n" + self._separator
-        lines, words = len(self._piece), self._piece_words
-        self._piece, self._piece_bytes, self._piece_words = [], 0, 0
+        lines = len(self._piece)
+        self._piece, self._piece_bytes = [], 0
         if self._documents is not None and self._documents(text):
             self._counts["duplicate_documents"] += 1
             return
@@ -295,10 +314,11 @@ class _Sharder:
         number = len(sizes) - 1 if self._state.held_out else sizes.index(min(sizes[:-1]))
         self._files[number].write(text)
         sizes[number] += len(text)
+        self._state.checks[number] = google_crc32c.extend(self._state.checks[number], text)
         self._counts["documents"] += not self._state.in_document
         self._state.in_document = True
         self._counts["lines"] += lines
-        self._counts["words"] += words
+        self._counts["words"] += lines + text.count(b" ")
         self._counts["bytes"] += len(text)
         self._counts["held_out_lines"] += lines * self._state.held_out
 
@@ -315,8 +335,18 @@ class _Sharder:
 
 
 def _refuse_no_text(name: str, beginning: bytes) -> None:
-    for what in (what for magic, what in _NO_TEXT.items() if re.match(magic, beginning)):
-        raise UsageError(f"{name} is {what}")
+    for magic, what in _NO_TEXT.items():
+        if re.match(magic, beginning):
+            raise UsageError(f"{name} is {what}")
+
+
+def _checksum(path: Path, size: int) -> int | None:
+    """CRC-32C of the first `size` bytes of a file; None if it is shorter."""
+    check = 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        while size and (read := file.read(min(size, 2**20))):
+            check, size = google_crc32c.extend(check, read), size - len(read)
+    return None if size else check
 
 
 def _fraction(text: bytes) -> float:

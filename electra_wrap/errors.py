@@ -35,6 +35,14 @@ class StageFailed(ElectraWrapError):
         self.tail = tail
 
 
+def diverged(step: int, loss: float) -> StageFailed:
+    """Training went wrong for good: its loss is no number, or leads to weights that are none."""
+    return StageFailed(
+        f"at step {step:,} the loss is {loss:.4g}, with weights or gradients that are not finite; the last checkpoint "
+        "is from before. Train anew with a lower train.learning_rate or a longer warm-up: --set model_name=NAME"
+    )
+
+
 class Interrupted(ElectraWrapError):
     """Stopped by a signal; the same command resumes."""
 

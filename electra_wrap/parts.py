@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from electra_wrap import process
-from electra_wrap.errors import from_os
-from electra_wrap.rundir import exclusive, partial, remove, write_json
+from electra_wrap.rundir import exclusive, partial, remove, whole, write_json, write_sums
 
-#: The file of a part that says what it is.
-FACTS = "part.json"
+#: The file of a part that says what it is, and the one with the digests of its files.
+FACTS, SUMS = "part.json", "SHA256SUMS"
 
 _READ = re.compile(r"\bread (\d+) of (part-\d+\.txt)$")
 
@@ -41,29 +40,27 @@ def build(
     """
     global _job  # noqa: PLW0603 - what a forked process finds without pickling
     _job = job
-    process.die_with_parent()
     context = multiprocessing.get_context("fork")
-    die = process.die_with_parent
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=die, initargs=(os.getpid(),)) as pool:
+    ours: dict[str, Any] = {"initializer": process.die_with_parent, "initargs": (os.getpid(),)}
+    with process.telling(), concurrent.futures.ProcessPoolExecutor(workers, context, **ours) as pool:
         try:
             futures = [pool.submit(_build, out, number, inputs) for number in numbers]
             for future in concurrent.futures.as_completed(futures):
                 future.result()
-        except BaseException as error:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
-            if isinstance(error, OSError):
-                process.tell(from_os(error))
             raise
 
 
 def _build(out: Path, number: int, inputs: dict[str, Any]) -> None:
     with exclusive(out / f"{number:05d}.lock", wait=True):  # another machine may have been asked for it too
         part = path(out, number)
-        if facts(part) is None:
+        if not whole(part / SUMS):
             remove(part)
             with partial(part) as temporary:
                 made = {"examples": _job(number, temporary), "inputs": inputs}
                 write_json(temporary / FACTS, made)
+                write_sums(temporary / SUMS, list(temporary.iterdir()))
 
 
 def path(parts: Path, number: int) -> Path:
@@ -72,10 +69,10 @@ def path(parts: Path, number: int) -> Path:
 
 
 def facts(part: Path) -> dict[str, Any] | None:
-    """What a part was made from (`inputs`) and how many `examples` it has; None if it is not there."""
+    """What a part was made from (`inputs`) and how many `examples` it has; None if it does not say so."""
     try:
         read: dict[str, Any] = json.loads((part / FACTS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return read
 

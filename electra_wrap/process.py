@@ -7,27 +7,32 @@ either costs seconds to import. So the command line imports neither: each has a 
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
+import errno
+import functools
 import json
 import os
+import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from electra_wrap import paths
-from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, from_os
+from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, from_os
 
 #: What a child gets of our environment: nothing that injects code or that is secret.
 _PASSED = (
     *("PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "LD_LIBRARY_PATH"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CC", "CXX"),
 )
-_PASSED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TF_", "XLA_")
+_PASSED_NAMES = re.compile("LC_|CUDA_|NVIDIA_|NCCL_|XLA_|TF_(?!VAR_|TOKEN_)")  # Terraform's begin so, too
 
 #: Exit code of a child that was asked to stop, saved a checkpoint and did so.
 INTERRUPTED = 75
@@ -35,17 +40,46 @@ INTERRUPTED = 75
 #: Seconds that a child has to save its work after the first signal.
 GRACE = 300
 
+#: Lines of a child's output that are shown if it fails.
+TAIL = 15
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the one that started it (default: by `run`) ends, however it ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != (parent or int(os.environ.get("ELECTRA_WRAP_PARENT", os.getppid()))):
+#: Characters that are shown of an error that is none of ours.
+MESSAGE = 300
+
+#: What the system says when the machine lacks something. A library in a child may say it in an error of any kind.
+_LACKING = re.compile(
+    "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTCONN)))
+)
+
+
+#: Opened once: a process that was just forked must not wait for the loader.
+_libc = ctypes.CDLL(None)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, ends, however it ends."""
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)  # it ended before the kernel knew
+
+
+def die_with_command() -> None:
+    """`die_with_parent` for a process that another one of the command's has started: torchrun, say.
+
+    If the one or the other has ended by now, this process does, too. A scheduler's launcher (srun) starts processes
+    that do not descend from the command, or on another machine: those are no orphans.
+    """
+    parent = os.getppid()
+    die_with_parent(parent)
+    machine, _, command = os.environ.get("ELECTRA_WRAP_COMMAND", "").rpartition(" ")
+    orphan = (parent == 1 and command != "1") or not Path("/proc", command).exists()
+    if machine == platform.node() and orphan:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a child process: ours, cleaned, and `extra`."""
-    passed = {k: v for k, v in os.environ.items() if k in _PASSED or k.startswith(_PASSED_PREFIXES)}
+    passed = {k: v for k, v in os.environ.items() if k in _PASSED or _PASSED_NAMES.match(k)}
     return {
         "TF_CPP_MIN_LOG_LEVEL": "1",
         **passed,
@@ -53,7 +87,7 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
         "PYTHONNOUSERSITE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",  # a checkout with anything extra in it is refused
         "PYTHONUTF8": "1",
-        "ELECTRA_WRAP_PARENT": str(os.getpid()),
+        "ELECTRA_WRAP_COMMAND": f"{platform.node()} {os.getpid()}",
         **extra,
     }
 
@@ -68,12 +102,12 @@ def run(
 ) -> None:
     """Run a command to its end, append it and its output to `log`, pass each line to `on_line`.
 
-    The first SIGINT or SIGTERM asks the command to save and stop, a second one kills it; then Interrupted, also if
-    the signal reached the command alone. If it fails, the error that it told (`tell`) is raised, or StageFailed.
+    The first SIGINT, SIGTERM or SIGHUP asks the command to save and stop, a second one kills it; then Interrupted,
+    also if the signal reached the command alone. If it fails, the error that it told (`telling`) is raised, or
+    EnvironmentLacks if its last lines say what the machine lacks, or StageFailed. If `on_line` raises, it is killed.
     """
-    with log.open("a", encoding="utf-8") as file, _signals() as received:
-        file.write(f"$ {shlex.join(argv)}\n")
-        file.flush()
+    with log.open("ab", buffering=0) as file, _signals() as received:
+        file.write(f"$ {shlex.join(argv)}\n".encode())
         child = subprocess.Popen(
             argv,
             cwd=cwd,
@@ -84,22 +118,36 @@ def run(
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we pass it on
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - a system call, no lock
         )
-        received.child = child
         assert child.stdout is not None
         told: dict[str, str] = {}
-        for line in child.stdout:
-            file.write(line)
-            file.flush()
-            if line.startswith('{"error"'):  # another process may have ended the line
-                told = told or json.JSONDecoder().raw_decode(line)[0]
-            on_line(line.rstrip("\n"))
-        code = child.wait()
-    if received.count or code == INTERRUPTED:
+        last: collections.deque[str] = collections.deque(maxlen=TAIL)
+        try:
+            received.pass_on_to(child)
+            for line in child.stdout:
+                with contextlib.suppress(OSError):  # a full disk: the work is worth more than its log
+                    file.write(line.encode())
+                if line.startswith('{"error"'):  # another process may have ended the line
+                    told = told or json.JSONDecoder().raw_decode(line)[0]
+                elif line.strip():
+                    last.append(line.rstrip())
+                on_line(line.rstrip("\n"))
+            code = child.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
+    end = "\n".join(last)
+    lacks = lacking(told["error"] if told else end) if code else None
+    if (received.count and lacks is None) or code == INTERRUPTED:
         raise Interrupted("interrupted; the same command resumes")
     if code:
-        hear(told)
-        raise StageFailed(f"{log.stem} ended with code {code}; the whole log is {log}", tail(log))
+        hear(told, log)
+        how = f"with code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+        memory = " (which the system sends when memory is short)" if code == -signal.SIGKILL else ""
+        raise lacks or StageFailed(f"{log.stem} ended {how}{memory}; run again, or see the whole log, {log}", end)
 
 
 class _Received:
@@ -107,34 +155,40 @@ class _Received:
 
     def __init__(self) -> None:
         self.count = 0
-        self.child: subprocess.Popen[str] | None = None
+        self._child: subprocess.Popen[str] | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         self.count += 1
-        if self.child is not None and self.child.poll() is None:
+        if self._child is not None:
+            if self._child.poll() is not None:  # it ended, and something that it left holds its output
+                raise KeyboardInterrupt
             if self.count == 1:
                 # A script that ignores the request is ended all the same.
                 signal.alarm(GRACE)
-            os.killpg(self.child.pid, signal.SIGTERM if self.count == 1 else signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGTERM if self.count == 1 else signal.SIGKILL)
+
+    def pass_on_to(self, child: subprocess.Popen[str]) -> None:
+        """Pass on what comes, and what came before there was a child."""
+        self._child = child
+        if self.count:
+            os.killpg(child.pid, signal.SIGKILL)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[_Received]:
     received = _Received()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    before = {number: signal.signal(number, received) for number in numbers}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, received)
     try:
         yield received
     finally:
         signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    """Return the last lines of a log, blank ones left out."""
-    with log.open(encoding="utf-8", errors="replace") as file:
-        return "\n".join(collections.deque((line.rstrip() for line in file if line.strip()), maxlen=lines))
 
 
 def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: Mapping[str, str] = {}) -> Any:
@@ -152,6 +206,7 @@ def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: M
         encoding="utf-8",
         errors="replace",
         check=False,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
     if log is not None:
         with log.open("a", encoding="utf-8") as file:
@@ -159,30 +214,51 @@ def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: M
     try:
         answer = json.loads(child.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        end = "\n".join(child.stderr.strip().splitlines()[-15:])
+        end = "\n".join(child.stderr.strip().splitlines()[-TAIL:])
         raise StageFailed(f"{module} ended with code {child.returncode}; see {log or 'above'}", end) from None
-    hear(answer)
+    hear(answer, log)
     return answer["result"]
 
 
-def hear(answer: Mapping[str, Any]) -> None:
+def hear(answer: Mapping[str, Any], log: Path | None) -> None:
     """Raise the error that a child told us, if that is what its line of JSON is."""
     if "error" in answer:
-        kinds = {kind.__name__: kind for kind in ElectraWrapError.__subclasses__()}
-        raise kinds[answer["kind"]](answer["error"])
+        kind = {kind.__name__: kind for kind in ElectraWrapError.__subclasses__()}[answer["kind"]]
+        see = f"; the whole log is {log}" if log and kind is StageFailed else ""
+        raise kind(answer["error"] + see)
 
 
-def tell(error: ElectraWrapError) -> None:
-    """The child's side of `hear`."""
-    print(json.dumps({"error": str(error), "kind": type(error).__name__}, ensure_ascii=False), flush=True)
+def lacking(text: str) -> EnvironmentLacks | None:
+    """What the machine lacks, if that is what a text says."""
+    found = _LACKING.search(text)
+    return EnvironmentLacks(f"{found[0]}; mend that and run again") if found else None
 
 
-def serve(function: Callable[..., Any]) -> None:
-    """The child's side of `call`: read the job from stdin, print the result of `function(**job)` as JSON."""
-    die_with_parent()
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """The child's side of `hear`: tell the parent what goes wrong, in a line of JSON, and end with code 1.
+
+    An error that is none of ours comes with its traceback, for the log.
+    """
     try:
-        print(json.dumps({"result": function(**json.load(sys.stdin))}, ensure_ascii=False), flush=True)
-    except OSError as error:
-        tell(from_os(error))
+        yield
+        return
     except ElectraWrapError as error:
-        tell(error)
+        failure = error
+    except OSError as error:
+        failure = from_os(error)
+    except Exception as error:
+        traceback.print_exc()
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = lacking(what) or StageFailed(what if len(what) < MESSAGE else f"{what[:MESSAGE]}…")
+    print(json.dumps({"error": str(failure), "kind": type(failure).__name__}, ensure_ascii=False), flush=True)
+    sys.exit(1)
+
+
+def serve(*functions: Callable[..., Any]) -> None:
+    """The child's side of `call`: read the job from stdin, print what the function of its `task` returns as JSON."""
+    with telling():
+        job = json.load(sys.stdin)
+        task = job.pop("task", functions[0].__name__)
+        function = next(function for function in functions if function.__name__ == task)
+        print(json.dumps({"result": function(**job)}, ensure_ascii=False), flush=True)

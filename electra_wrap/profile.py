@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from electra_wrap import paths
 from electra_wrap.errors import UsageError
@@ -31,16 +34,33 @@ SIZES = {"small": (256, 12), "base": (768, 12), "large": (1024, 24)}
 #: Rows of the position embeddings, whatever the training length (BertConfig's default in the pin).
 MAX_POSITIONS = 512
 
+#: What of a URL is a secret, unless it is the name of an environment variable: ${NAME}.
+_SECRET = re.compile(
+    r"://[^/@]*:(?!\$\{)[^/@]+@|https?://(?!\$\{)[^/:@]+@"
+    r"|[?&]([^=&]*[-_])?(token|(api)?key|sig|signature|secret|pass|passw(or)?d|pwd|auth|credential)=(?!\$\{)[^&]",
+    re.IGNORECASE,
+)
+
 #: Profiles' paths that are relative to the file that sets them.
 _PATH_KEYS = ("corpus.source", "tokenizer.source")
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**40)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def wrong(self) -> Iterator[tuple[str, str]]:
+        """What is wrong beyond a single value: the key to blame, dotted, and the message with its mend."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, message in self.wrong():
+            raise PydanticCustomError("wrong", "{message}", {"key": key, "message": message})
+        return self
 
 
 class Corpus(_Section):
@@ -56,14 +76,20 @@ class Corpus(_Section):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     shards: Positive = 16
 
-    @model_validator(mode="after")
-    def _check(self) -> Corpus:
-        one, some = len(self.sources) == 1, self.deduplicate != "off"
-        documents = self.deduplicate != "documents" or self.blank_lines_separate_documents
-        _require(self.sha256 is None or one, "sha256", "it is that of one file; name one in corpus.source")
-        _require(documents, "deduplicate", 'without blank lines there are no documents; set it to "lines"')
-        _require(self.similarity == 1 or some, "similarity", "it is for duplicates; set corpus.deduplicate too")
-        return self
+    def wrong(self) -> Iterator[tuple[str, str]]:
+        if not self.sources or not all(self.sources):
+            yield "source", "it names nothing; give files, globs, URLs or directories"
+        if any(map(_SECRET.search, self.sources)):
+            yield (
+                "source",
+                "a URL has a secret, which would be written down; set a variable, and put ${NAME} in its place",
+            )
+        if self.sha256 and len(self.sources) > 1:
+            yield "sha256", "it is that of one file; name one in corpus.source"
+        if self.deduplicate == "documents" and not self.blank_lines_separate_documents:
+            yield "deduplicate", 'without blank lines there are no documents; set it to "lines"'
+        if self.similarity < 1 and self.deduplicate == "off":
+            yield "similarity", "it is for duplicates; set corpus.deduplicate too"
 
     @property
     def sources(self) -> list[str]:
@@ -85,18 +111,19 @@ class Tokenizer(_Section):
         """How text is normalised, as keywords."""
         return {"lowercase": self.lowercase, "strip_accents": self.strip_accents}
 
-    @model_validator(mode="after")
-    def _check(self) -> Tokenizer:
-        message = "upstream strips accents only from lowercased text; set tokenizer.lowercase = true too"
-        _require(self.lowercase or not self.strip_accents, "strip_accents", message)
+    def wrong(self) -> Iterator[tuple[str, str]]:
+        if self.strip_accents and not self.lowercase:
+            message = "upstream strips accents only from lowercased text; set tokenizer.lowercase = true too"
+            yield "strip_accents", message
         if self.source == "train":
-            _require(self.vocab_size is not None, "vocab_size", 'source = "train" needs it; set it, for example 32000')
-            _require(self.sha256 is None, "sha256", "a vocabulary that is trained has no digest yet; remove it")
+            if self.vocab_size is None:
+                yield "vocab_size", 'source = "train" needs it; set it, for example 32000'
+            if self.sha256:
+                yield "sha256", "a vocabulary that is trained has no digest yet; remove it"
         else:
             for key in ("vocab_size", "sample_bytes"):
-                message = 'it is for a vocabulary that is trained; remove it, or set source = "train"'
-                _require(getattr(self, key) is None, key, message)
-        return self
+                if getattr(self, key) is not None:
+                    yield key, 'it is for a vocabulary that is trained; remove it, or set source = "train"'
 
 
 class Model(_Section):
@@ -111,18 +138,17 @@ class Model(_Section):
     generator_layers: Fraction = 1.0
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
-    @model_validator(mode="after")
-    def _check(self) -> Model:
-        for network, key in (("discriminator", "hidden_size"), ("generator", "generator_hidden_size")):
-            shape = self.shape(network)  # type: ignore[arg-type]
-            _require(
-                shape.hidden_size > 0 and shape.hidden_size % shape.num_attention_heads == 0,
-                key,
-                f"the {network}'s hidden size {shape.hidden_size} is not divisible by its "
-                f"{shape.num_attention_heads} attention heads (hidden size // 64); choose a multiple of 64",
-            )
-            _require(shape.num_hidden_layers > 0, "generator_layers", f"the {network} has no layers; choose more")
-        return self
+    def wrong(self) -> Iterator[tuple[str, str]]:
+        if int((self.mask_prob + 0.005) * self.max_seq_length) < 1:  # max_predictions_per_seq of the pin
+            yield "mask_prob", f"no token of {self.max_seq_length} would be masked; choose more"
+        for network, key in zip(NETWORKS, ("hidden_size", "generator_hidden_size"), strict=True):
+            shape = self.shape(network)
+            size, heads = shape.hidden_size, shape.num_attention_heads
+            if size == 0 or size % heads:
+                message = f"the {network}'s hidden size {size} is not divisible by its {heads} attention heads"
+                yield key, f"{message} (hidden size // 64); choose a multiple of 64"
+            if shape.num_hidden_layers == 0:
+                yield "generator_layers", f"the {network} has no layers; choose more"
 
     def shape(self, network: Network) -> Shape:
         """Sizes of one network, as run_pretraining.py and util/training_utils.py of the pin derive them."""
@@ -157,30 +183,23 @@ class Train(_Section):
     steps: Positive
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 10_000
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**40)] = 10_000
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     save_every: Positive = 1000
     log_every: Positive = 100
-    keep: Annotated[int, Field(ge=0)] = 5
+    keep: Annotated[int, Field(ge=0, lt=2**40)] = 5
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
     micro_batches: Positive = 1
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
 
-    @model_validator(mode="after")
-    def _check(self) -> Train:
-        _require(
-            self.warmup_steps < self.steps,
-            "warmup_steps",
-            f"the learning rate would never arrive in {self.steps} steps; choose fewer, about a tenth of train.steps",
-        )
-        _require(
-            self.batch_size % self.micro_batches == 0,
-            "micro_batches",
-            f"they do not divide train.batch_size = {self.batch_size}; choose a divisor",
-        )
-        return self
+    def wrong(self) -> Iterator[tuple[str, str]]:
+        if self.warmup_steps >= self.steps:
+            message = f"the learning rate would never arrive in {self.steps} steps"
+            yield "warmup_steps", f"{message}; choose fewer, about a tenth of train.steps"
+        if self.batch_size % self.micro_batches:
+            yield "micro_batches", f"they do not divide train.batch_size = {self.batch_size}; choose a divisor"
 
 
 class Profile(_Section):
@@ -195,15 +214,10 @@ class Profile(_Section):
     model: Model = Field(default_factory=Model)
     train: Train
 
-    @model_validator(mode="after")
-    def _check(self) -> Profile:
+    def wrong(self) -> Iterator[tuple[str, str]]:
         for key, allowed in (("micro_batches", (1,)), ("precision", ("auto", "float32", "tf32"))):
-            _require(
-                self.engine == "native" or getattr(self.train, key) in allowed,
-                f"train.{key}",
-                'upstream\'s scripts have no such thing; set engine = "native", or remove it',
-            )
-        return self
+            if self.engine == "upstream" and getattr(self.train, key) not in allowed:
+                yield f"train.{key}", 'upstream\'s scripts have no such thing; set engine = "native", or remove it'
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> Profile:
@@ -212,10 +226,14 @@ class Profile(_Section):
         Relative paths are taken from the directory of the file that sets them; those of `overrides` from the
         current directory. UsageError, naming file, key, value and mend, for anything that is not a profile.
         """
-        values, origin = _read(find(name))
-        _merge(values, _gather(overrides), origin, "--set", Path.cwd())
         try:
+            values, origin = _read(find(name))
+            for key, value in map(parse_override, overrides):
+                nested = functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value)
+                _merge(values, nested, origin, "--set", Path.cwd())
             return cls.model_validate(values)
+        except RecursionError:
+            raise UsageError(f"{find(name)}: a key is nested too deeply; see `show` for the keys there are") from None
         except ValidationError as error:
             raise UsageError(_explain(error, origin, find(name))) from None
 
@@ -249,6 +267,12 @@ class Profile(_Section):
     def hf_config(self, network: Network, vocab_size: int) -> dict[str, Any]:
         """transformers' config.json of one network."""
         return hf_config(network, self.model.shape(network), vocab_size)
+
+    def parameters(self, network: Network, vocab_size: int) -> int:
+        """About how many parameters a network has: its matrices, without biases (less than 1% of small)."""
+        shape = self.model.shape(network)
+        body = shape.num_hidden_layers * 12 * shape.hidden_size**2 + shape.embedding_size * shape.hidden_size
+        return body + shape.embedding_size * (vocab_size + MAX_POSITIONS)
 
     def flops_per_step(self, vocab_size: int) -> float:
         """Floating-point operations of one training step of both networks, backward pass included.
@@ -299,7 +323,7 @@ def shipped() -> Iterator[tuple[str, str]]:
 def find(name: str) -> Path:
     """Return the file of a profile given by name or by path. UsageError, with the nearest name, if there is none."""
     if name.endswith(".toml") or "/" in name:
-        path = Path(name).expanduser()
+        path = _home(name)
         if not path.is_file():
             raise UsageError(f"no profile file {path}; give a TOML file or a name from `electra_wrap profiles`")
         return path.resolve()
@@ -318,7 +342,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {text!r} is not KEY=VALUE; write for example --set train.steps=100")
     try:
         parsed = tomllib.loads(f"value = {raw}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         parsed = {}
     if list(parsed) == ["value"]:
         return key, parsed["value"]
@@ -327,22 +351,14 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key, raw.strip()
 
 
-def _require(condition: bool, key: str, message: str) -> None:
-    """Raise a ValueError that `_explain` can attribute to `key` of the section being validated."""
-    if not condition:
-        raise ValueError(f"{key}\0{message}")
-
-
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a profile's values with those it inherits, and for each dotted key the file that set it."""
     if path in seen:
         raise UsageError(f"{path}: extends leads back to itself ({' → '.join(p.stem for p in (*seen, path))})")
     try:
         own = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid TOML: {' '.join(str(error).split())}; correct the file") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}; give a readable profile") from None
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     if (base := own.pop("extends", None)) is not None:
@@ -359,12 +375,13 @@ def _merge(
 ) -> None:
     """Merge `new` into `values` key by key, resolving relative paths against `base`.
 
-    A new source has none of what was said of the former one.
+    A new source has none of what was said of the former one, but for what is said at the same place.
     """
     if "source" in new:
         for former in ("sha256", "vocab_size", "sample_bytes"):
-            values.pop(former, None)
-            origin.pop(f"{prefix}{former}", None)
+            if origin.get(f"{prefix}{former}") != where:
+                values.pop(former, None)
+                origin.pop(f"{prefix}{former}", None)
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(values.get(key, {}), dict):
@@ -379,38 +396,21 @@ def _absolute(source: Any, base: Path) -> Any:
         return [_absolute(one, base) for one in source]
     if not isinstance(source, str) or source in ("", "train") or "://" in source:
         return source
-    return str(base / Path(source).expanduser())
+    return str(base / _home(source))
 
 
-def _gather(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the KEY=VALUEs as one nested dictionary; of the same key, the last."""
-    gathered: dict[str, Any] = {}
-    for override in overrides:
-        key, value = parse_override(override)
-        node = gathered
-        *parents, last = key.split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UsageError(f"--set {override!r}: {part} is set to a value as well; set one of the two")
-        node[last] = value
-    return gathered
+def _home(path: str) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own has an exception for a user that is not known
 
 
 def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:
     """The first of pydantic's findings as one line: file, key, value, what is wrong and the mend."""
     first = error.errors()[0]
-    location = [
-        str(part)
-        for part in first["loc"]
-        if not str(part).startswith(("function-", "str", "list[", "literal[", "bool"))
-    ]
+    location = [str(part) for part in first["loc"] if not str(part).startswith(("str", "list[", "literal[", "bool"))]
     value, kind, message = first["input"], first["type"], first["msg"]
-    if kind == "value_error":
-        key, _, message = str(first["ctx"]["error"]).partition("\0")
-        location += key.split(".")
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+    if kind == "wrong":
+        for part in first["ctx"]["key"].split("."):
+            location, value = [*location, part], value.get(part)
     dotted = ".".join(location)
     # A section has no origin of its own: its first key's.
     where = origin.get(dotted) or next((origin[k] for k in origin if k.startswith(f"{dotted}.")), str(path))
@@ -421,7 +421,7 @@ def _explain(error: ValidationError, origin: dict[str, str], path: Path) -> str:
         for part in location[:-1]:
             model = model.model_fields[part].annotation
         return f"{where}: unknown key {dotted}{_suggest(location[-1], list(model.model_fields))}; remove or rename it"
-    shown = "" if value is None else f" = {value!r}"
+    shown = "" if value is None or _SECRET.search(str(value)) else f" = {value!r}"
     if len(shown) > 80:
         shown = f"{shown[:77]}…"
     message = " ".join(message.split())

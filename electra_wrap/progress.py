@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from rich.console import Console
@@ -16,7 +17,8 @@ INTERVAL = 30.0
 
 def say(message: str) -> None:
     """Print one line of message."""
-    console.print(f"electra_wrap: {message}", markup=False)
+    with contextlib.suppress(OSError):  # nobody listens any more; the work goes on
+        console.print(f"electra_wrap: {message}", markup=False)
 
 
 class Meter:

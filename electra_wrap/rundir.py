@@ -9,11 +9,14 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from electra_wrap.errors import UsageError
+
+#: A run's manifest, and a second copy: one of the two is whole, whatever happens to the other.
+MANIFESTS = ("manifest.json", "manifest.copy.json")
 
 
 class RunDir:
@@ -25,22 +28,32 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
+        self._read()
+
+    def _read(self) -> None:
         self.manifest: dict[str, Any] = {"stages": {}, "digests": {}}
-        if (manifest := self.path / "manifest.json").is_file():
-            try:
-                read = json.loads(manifest.read_text(encoding="utf-8"))
-                self.manifest = {key: read[key] for key in self.manifest}
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(
-                    f"{manifest} is damaged; move it away to rebuild what it described, or choose another --run-dir"
-                ) from None
+        there = [file for file in map(self.path.joinpath, MANIFESTS) if file.is_file()]
+        for file in there:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                read = json.loads(file.read_text(encoding="utf-8"))
+                for entry in read["stages"].values():
+                    kinds = {"outcome": str, "inputs": dict, "versions": dict}
+                    if entry["outcome"] == "done":
+                        kinds |= {"outputs": dict, "facts": dict}
+                    if not all(isinstance(entry[key], kind) for key, kind in kinds.items()):
+                        raise ValueError
+                self.manifest = {key: dict(read[key]) for key in self.manifest}
+                return
+        if there:
+            raise UsageError(f"{there[0]} is damaged, and its copy too; restore one, or choose another --run-dir")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def save(self) -> None:
         """Write the manifest."""
-        write_json(self.path / "manifest.json", self.manifest)
+        for name in MANIFESTS:
+            write_json(self.path / name, self.manifest)
 
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, or of a directory's sorted relative names and file digests.
@@ -53,12 +66,17 @@ class RunDir:
             return hashlib.sha256(lines.encode()).hexdigest()
         status = path.stat()
         known = self.manifest["digests"].get(self._key(path))
-        if known and known[:2] == [status.st_size, status.st_mtime_ns]:
+        if isinstance(known, list) and known[:2] == [status.st_size, status.st_mtime_ns]:
             return str(known[2])
-        with path.open("rb") as file:
-            value = hashlib.file_digest(file, "sha256").hexdigest()
+        value = sha256(path)
         self.manifest["digests"][self._key(path)] = [status.st_size, status.st_mtime_ns, value]
         return value
+
+    def forget(self, directory: Path) -> None:
+        """Have what is under a directory read again when its digest is asked for: a bit may rot unnoticed."""
+        known = self.manifest["digests"]
+        for key in [key for key in known if (self.path / key).is_relative_to(directory)]:
+            del known[key]
 
     def _key(self, path: Path) -> str:
         # Relative inside the run directory, so that a run can be moved.
@@ -69,6 +87,7 @@ class RunDir:
         """Hold the run directory, exclusively or with others that do the same. UsageError, naming who has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with exclusive(self.path / ".lock", shared):
+            self._read()  # another one may have worked here in between
             yield
 
     def set_aside(self, path: Path) -> Path | None:
@@ -103,6 +122,29 @@ def exclusive(path: Path, shared: bool = False, wait: bool = False) -> Iterator[
         yield
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(sums: Path, files: Iterable[Path]) -> None:
+    """Write the digests of files beside `sums` as sha256sum does, when all is on disk. What has none is not whole."""
+    lines = []
+    for file in files:
+        _sync(file)
+        lines.append(f"{sha256(file)}  {file.relative_to(sums.parent)}\n")
+    write_text(sums, "".join(sorted(lines)))
+
+
+def whole(sums: Path, digest: Callable[[Path], str] = sha256) -> bool:
+    """Whether files are as `write_sums` found them, by what gives their digests."""
+    try:
+        lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+        return bool(lines) and all(digest(sums.parent / name) == known for known, name in lines)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
 def partial(path: Path) -> Iterator[Path]:
     """Yield the temporary name under which to make the file or directory `path`; put it in place at the end.
@@ -111,7 +153,6 @@ def partial(path: Path) -> Iterator[Path]:
     told that it exists.
     """
     temporary = path.with_name(f"{path.name}.partial")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
     try:
         yield temporary
@@ -144,16 +185,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as JSON, atomically; in ASCII, because the names of files need not be Unicode."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def remove(path: Path) -> None:
     """Remove a file or a directory, if it is there. A directory is never seen half removed."""
+    removed = path.with_name(f".{path.name}.removed")
+    if removed.exists():  # an attempt at this was killed
+        shutil.rmtree(removed)
     if not path.is_dir():
         return path.unlink(missing_ok=True)
-    removed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
     path.rename(removed)
     shutil.rmtree(removed)
 

@@ -12,7 +12,6 @@ import lzma
 import os
 import re
 import time
-import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,11 +73,11 @@ class Stream:
     if its digest (that of the bytes as they are stored) is not `sha256`.
     """
 
-    def __init__(self, name: str, sha256: str | None = None, offset: int = 0) -> None:
-        """Begin `offset` bytes into the text."""
+    def __init__(self, name: str, sha256: str | None = None, offset: int = 0, patient: bool = True) -> None:
+        """Begin `offset` bytes into the text. Whoever is `patient` tries again if a transfer breaks off."""
         self.name, self._sha256, self._hash = name, sha256, hashlib.sha256()
         dataset = name.startswith(DATASET)
-        path = Path(urllib.parse.urlsplit(name).path if is_remote(name) else name)
+        path = Path(re.split("[?#]", name)[0] if is_remote(name) else name)
         kind = None if dataset else _COMPRESSED.get(path.suffix)
         if not dataset and (path.suffix in _ARCHIVES or ".tar" in path.suffixes):
             raise UsageError(f"{name}: an archive of files is not read; unpack it")
@@ -86,7 +85,7 @@ class Stream:
         if dataset:
             self._raw: io.RawIOBase = _Dataset(name)
         elif is_remote(name):
-            self._raw = _Remote(name, skipped)
+            self._raw = _Remote(name, skipped, patient)
         else:
             self._raw = io.FileIO(name)
             self._raw.seek(skipped)
@@ -146,7 +145,9 @@ class _Tap(_Raw):
 
 
 def _said(error: Exception) -> str:
-    """What an error says, on one line."""
+    """What an error says, on one line; of an HTTP error not the URL, in which there may be a secret."""
+    if hasattr(error, "status"):  # aiohttp's; importing it for its name would cost a tenth of a second
+        return f"{error.status} {getattr(error, 'message', '')}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -164,16 +165,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
             "client_kwargs": {
                 "timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE),
                 "auto_decompress": False,  # ranges count the bytes that are sent
+                "trust_env": True,  # proxies, and passwords in ~/.netrc
             },
             "skip_instance_cache": True,
         }
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(os.path.expandvars(url), **options))
     except ImportError as error:
         raise EnvironmentLacks(f"corpus.source = {url!r}: {error}") from None
-    except ValueError as error:
-        raise UsageError(f"corpus.source = {url!r}: {error}; correct it") from None
-    return found
+    except Exception as error:  # each file system has errors of its own
+        raise UsageError(f"corpus.source = {url!r}: {_said(error)}; correct it") from None
 
 
 class _Remote(_Raw):
@@ -183,10 +184,11 @@ class _Remote(_Raw):
     known is left out.
     """
 
-    def __init__(self, url: str, position: int) -> None:
-        self._url, self._position = url, position
+    def __init__(self, url: str, position: int, patient: bool) -> None:
+        self._url, self._position, self._patient = url, position, patient
         self.version: str | None = None
         self.size, self._block = 0, FIRST_BLOCK
+        self._more = False  # whether what is open is a part of a file, after which there may be others
         self._filesystem, self._path = _filesystem(url)
         self._file: Any = None
         self._attempt(lambda: b"")  # so that size and version are known
@@ -199,16 +201,17 @@ class _Remote(_Raw):
 
     def _read(self, number: int) -> bytes:
         data = self._file.read(number)
-        if not data and self._position < self.size:
+        if not data and self._more and self._position != self.size:
             self._block = min(2 * self._block, LAST_BLOCK)
             self._file = self._open()
-            if not (data := self._file.read(number)):
-                raise EOFError("the server sends nothing more")
+            data = self._file.read(number)
+        if not data and self._position < self.size:
+            raise EOFError("the server sends nothing more")
         return cast(bytes, data)
 
     def _attempt(self, do: Callable[[], bytes]) -> bytes:
         """Open the file if it is not, and do something with it, until that goes well."""
-        for pause in (*PAUSES, None):
+        for pause in (*(PAUSES if self._patient else ()), None):
             try:
                 if self._file is None:
                     self._file = self._open()
@@ -219,8 +222,8 @@ class _Remote(_Raw):
                 raise
             except Exception as error:  # each file system has errors of its own
                 self._drop()
-                status = getattr(error, "status", 0) if type(error).__name__ == "ClientResponseError" else 0
-                if pause is None or (400 <= status < 500 and status not in (408, 429)):  # refused, but for a while
+                status = getattr(error, "status", 0)
+                if pause is None or (status in range(400, 500) and status not in (408, 429)):  # refused for good
                     raise EnvironmentLacks(
                         f"{self._url} cannot be read beyond byte {self._position:,} ({_said(error)}); run again later"
                     ) from None
@@ -234,9 +237,7 @@ class _Remote(_Raw):
             file.seek(self._position)
             self.size, self.version = file.size or 0, self._filesystem.ukey(self._path)
             return file
-        headers = {"Accept-Encoding": "identity"}
-        if self._block:
-            headers["Range"] = f"bytes={self._position}-{self._position + self._block - 1}"
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-{self._position + self._block - 1}"}
         try:
             # With a size, fsspec does not ask for it; without blocks of its own, it passes on what comes.
             file = self._filesystem.open(self._path, "rb", block_size=0, size=1, headers=headers)
@@ -245,25 +246,21 @@ class _Remote(_Raw):
             if getattr(error, "status", 0) != 416:
                 raise
             file, status, answer = io.BytesIO(), 416, getattr(error, "headers", None) or {}  # nothing is left of it
-        version = answer.get("Last-Modified") or answer.get("ETag")
+        version = answer.get("Last-Modified") or answer.get("ETag") or self.version
         if self.version not in (None, version):
             raise UsageError(f"{self._url} changed while it was read; run again to begin anew")
         self.version = version
-        if status == 416:
-            return file
+        self._more = status == 206
         if status == 206:
-            size = answer["Content-Range"].rpartition("/")[2]
-            if size.isdigit():
-                self.size = int(size)
-                return file
-            self._block = 0  # how much there is in all is told only to who asks for all
-            return self._open()
-        self.size = int(answer.get("Content-Length") or 0)
-        known = self._position
-        while known:
-            if not (data := file.read(min(known, 2**16))):
-                raise EOFError("it is shorter than before")
-            known -= len(data)
+            total = answer["Content-Range"].rpartition("/")[2]
+            self.size = int(total) if total.isdigit() else 0  # it need not tell
+        elif status == 200:  # all of it
+            self.size = int(answer.get("Content-Length") or 0)
+            known = self._position
+            while known:
+                if not (data := file.read(min(known, 2**16))):
+                    raise EOFError("it is shorter than before")
+                known -= len(data)
         return file
 
     def _drop(self) -> None:
@@ -288,7 +285,11 @@ class _Dataset(_Raw):
 
     def readinto(self, buffer: Any) -> int:
         while not (number := self._row.readinto(buffer)):
-            if (row := next(self._rows, None)) is None:
+            try:
+                row = next(self._rows, None)
+            except Exception as error:
+                raise EnvironmentLacks(f"{self._name} cannot be read on ({_said(error)}); run again later") from None
+            if row is None:
                 return 0
             self._row = io.BytesIO(re.sub(r"\n\s*\n", "\n", row).encode() + b"\n\n")
         return number
@@ -320,11 +321,4 @@ class _Dataset(_Raw):
             raise EnvironmentLacks(f"{self._name} cannot be read ({_said(error)}); run again later") from None
         if not isinstance(first.get(column), str):
             raise UsageError(f"{self._name}: no text in a column {column!r}; there are {', '.join(first)}")
-        return self._texts(rows, column)
-
-    def _texts(self, rows: Any, column: str) -> Iterator[str]:
-        try:
-            for row in rows:
-                yield row[column] or ""
-        except Exception as error:
-            raise EnvironmentLacks(f"{self._name} cannot be read on ({_said(error)}); run again later") from None
+        return (row[column] or "" for row in rows)

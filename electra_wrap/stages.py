@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import importlib
 import importlib.metadata
+import math
 import os
 import shutil
 import time
@@ -18,19 +19,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
-from electra_wrap import check, corpus, parts, process, sources, vocab
+from electra_wrap import check, corpus, parts, process, sources, storage, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
-from electra_wrap.rundir import RunDir, finish, partial, remove, write_json, write_text
+from electra_wrap.rundir import RunDir, finish, partial, remove, whole, write_json, write_text
 
 #: Keys of hparams.json with which a model may go on (they say how long and how often, not what), and those that
 #: `_data_inputs` has under the profile's names.
 _CONTINUABLE = (
     *("num_train_steps", "save_checkpoints_steps", "keep_checkpoint_max", "iterations_per_loop", "eval_batch_size"),
     *("max_seq_length", "do_lower_case"),
+)
+
+#: Steps after the warm-up by which the loss must have moved.
+PATIENCE = 1000
+
+#: What an attempt to train that was killed leaves of what it was writing.
+_CUT_SHORT = (
+    *("exported-*", "*.partial", ".*.removed"),
+    *("model.ckpt-*_temp", "model.ckpt-*.tempstate*", "checkpoint.tmp*", "graph.pbtxt.tmp*"),
 )
 
 #: Asked of every converted model: one sentence as it is, one with a word that does not belong.
@@ -52,13 +60,18 @@ class Run:
         return engine(self.profile.engine)
 
     def checkpoint(self) -> tuple[int, Any] | None:
-        """Step of the latest checkpoint and the engine that made it, if there is one."""
-        found = [(step, one) for one in map(engine, ENGINES) if (step := one.latest_step(self.model_dir)) is not None]
-        return max(found, key=lambda pair: (pair[0], pair[1] is self.engine), default=None)
+        """Step of the latest checkpoint that is whole and the engine that made it, if there is one."""
+        found = [(step, one) for one in map(engine, ENGINES) for step in one.steps(self.model_dir)]
+        latest_first = sorted(found, key=lambda pair: (pair[0], pair[1] is self.engine), reverse=True)
+        return next(((step, one) for step, one in latest_first if self.whole(step, one)), None)
+
+    def whole(self, step: int, made_by: Any) -> bool:
+        """Whether a checkpoint's files are as its engine left them."""
+        return whole(made_by.sums(self.model_dir, step), self.directory.digest)
 
     @property
     def step(self) -> int | None:
-        """Step of the latest checkpoint."""
+        """Step of the latest checkpoint that is whole."""
         found = self.checkpoint()
         return found[0] if found else None
 
@@ -183,6 +196,8 @@ def _vocab(run: Run) -> dict[str, Any]:
     else:
         say(f"vocab: from {keys.source}")
         vocab.fetch(keys.source, run.vocabulary, keys.sha256)
+        if keys.source.startswith("hf://") and keys.sha256 is None:
+            say(f'vocab: so that it stays this one: tokenizer.sha256 = "{run.digest("vocab.txt")}"')
     tokens, length = vocab.read(run.vocabulary), run.profile.model.max_seq_length
     fit = vocab.measure(run.directory / "corpus", tokens, max_seq_length=length, **keys.rules)
     shown = f"; {fit['tokens_per_word']:.3f} for a word, {fit['unknown_share']:.3%} of them [UNK]" if fit else ""
@@ -258,11 +273,7 @@ def _shards(text: Path) -> list[int]:
 
 def _part_inputs(run: Run) -> dict[str, Any]:
     packages = run.engine.PACKAGES[run.engine.DATA]
-    return {
-        **_data_inputs(run),
-        **{name: importlib.metadata.version(name) for name in packages},
-        **run.engine.versions(),
-    }
+    return {**_data_inputs(run), **{name: _version(name) for name in packages}, **run.engine.versions()}
 
 
 def _other_settings(run: Run, directory: Path) -> str | None:
@@ -277,7 +288,8 @@ def _build_parts(run: Run, nth: int, of: int) -> None:
     for text, name in zip((run.directory / "corpus", run.directory / "heldout"), _parts_names(run), strict=True):
         files = sorted(text.iterdir())
         wanted = [number for number in _shards(text) if number % of == nth]
-        missing = [number for number in wanted if parts.facts(parts.path(run.directory / name, number)) is None]
+        sums = {number: parts.path(run.directory / name, number) / parts.SUMS for number in wanted}
+        missing = [number for number, file in sums.items() if not whole(file, run.directory.digest)]
         if len(missing) < len(wanted):
             say(f"{run.engine.DATA} of {text.name}: {len(wanted) - len(missing)} of {len(wanted)} parts are there")
         if not missing:
@@ -335,18 +347,27 @@ def _train(run: Run) -> dict[str, Any]:
     keys = run.profile.train
     gpus = choose_device(run)
     start = _continue(run)
-    losses: dict[int, float] = {}
+    losses: list[float] = []
+    # Of networks that guess: the generator among all words, the discriminator, which counts 50 times, between two.
+    untrained = math.log(len(vocab.read(run.vocabulary))) + 50 * math.log(2)
     began = time.monotonic()
     with Meter("train", keys.steps, "steps", start) as meter:
 
         def step(number: int, loss: float) -> None:
-            losses[number] = loss
+            losses[:] = [min(losses[0] if losses else loss, loss), loss]  # the lowest and the last
             meter.update(number, f"loss {loss:.4f}")
+            if not start and number >= keys.warmup_steps + PATIENCE and losses[0] > 0.95 * untrained:
+                raise StageFailed(
+                    f"the loss is {loss:.2f} at step {number:,}, as before training ({untrained:.2f}): it does not "
+                    f"move; look at train.learning_rate = {keys.learning_rate} and at the text, and train another "
+                    "model_name"
+                )
 
         try:
             run.engine.train(run, gpus, step)
         except Interrupted:
-            raise Interrupted(f"interrupted; step {run.step or 0:,} is saved, the same command resumes there") from None
+            saved = f"step {run.step:,} is saved, the same command resumes there" if run.step else "begin it again"
+            raise Interrupted(f"interrupted; {saved}") from None
     if run.step != keys.steps:
         raise StageFailed(f"training ended at step {run.step}, not {keys.steps}; see {run.log('train')}")
     return {
@@ -354,18 +375,23 @@ def _train(run: Run) -> dict[str, Any]:
         "device": gpus or "cpu",
         "from_step": start,
         "step": run.step,
-        "final_loss": losses.get(max(losses)) if losses else None,
+        "final_loss": losses[-1] if losses else None,
         "seconds_training": round(time.monotonic() - began, 1),
     }
 
 
 def _continue(run: Run) -> int:
     """Return the step from which training goes on, after handing over a checkpoint of the other engine's."""
-    if (found := run.checkpoint()) is None:
+    run.directory.forget(run.model_dir)
+    step, made_by = run.checkpoint() or (0, run.engine)
+    for one in map(engine, ENGINES):
+        for later in [later for later in one.steps(run.model_dir) if later >= step and not run.whole(later, one)]:
+            one.set_aside(run, later)
+            say(f"train: warning: the checkpoint of step {later:,} is not whole; its files are now called ….old-N")
+    for left in (left for pattern in _CUT_SHORT for left in run.model_dir.glob(pattern)):
+        remove(left)
+    if not step:
         return 0
-    step, made_by = found
-    for left in run.model_dir.glob("exported-*"):
-        shutil.rmtree(left)
     say(f"train: resumes at step {step:,} of {run.profile.train.steps:,}")
     if made_by is not run.engine:
         say(f"train: hands the checkpoint over to the {run.profile.engine} engine, Adam's slots included")
@@ -387,22 +413,8 @@ def choose_device(run: Run) -> list[str]:
         raise EnvironmentLacks(
             f'train.device = "gpu", but {run.engine.NO_GPU} (check with nvidia-smi), or --set train.device=cpu'
         )
-    left = run.profile.train.steps - (run.step or 0)
-    seconds = left * run.profile.flops_per_step(len(vocab.read(run.vocabulary))) / _cpu_flops()
-    say(f"train: on the CPU; {left:,} steps will take about {duration(seconds)} at best")
+    say("train: on the CPU")
     return []
-
-
-def _cpu_flops() -> float:
-    """Measured floating-point operations a second of a float32 matrix product, the best of five."""
-    n = 1024
-    matrix = np.ones((n, n), np.float32)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
 
 
 def _convert_inputs(run: Run) -> dict[str, Any]:
@@ -421,6 +433,7 @@ def _convert(run: Run) -> dict[str, Any]:
     step, made_by = run.checkpoint() or (0, run.engine)
     keys = run.profile.tokenizer
     with partial(run.directory / "hf") as out:
+        out.mkdir()
         facts = made_by.export(run, step, out)
         for network in NETWORKS:
             length = run.profile.model.max_seq_length  # positions beyond it were never trained
@@ -504,12 +517,12 @@ def reason(run: Run, stage: Stage) -> str | None:
 
 def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:
     step, steps = run.step, run.profile.train.steps
-    if step is None:
-        return "not done yet"
-    if not recorded:
+    if not recorded and any(one.steps(run.model_dir) for one in map(engine, ENGINES)):
         raise UsageError(
             f"{run.model_dir} has a model that this run did not train; choose another model_name or --run-dir"
         )
+    if step is None:
+        return "not done yet"
     if changed := _difference(recorded["inputs"], inputs):
         raise UsageError(
             f"{run.model_dir} has a model trained for {step:,} steps, and {changed}; set that back, "
@@ -518,8 +531,26 @@ def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) ->
     if step > steps:
         raise UsageError(f"{run.model_dir} is at step {step:,}, train.steps = {steps}; set train.steps={step} or more")
     if step < steps:
+        _refuse_other_versions(run, step, recorded["versions"])
         return f"at step {step:,} of {steps:,}"
     return None if recorded["outcome"] == "done" else str(recorded["outcome"])
+
+
+def _refuse_other_versions(run: Run, step: int, before: dict[str, str]) -> None:
+    """UsageError unless what trains is what did, as far as that matters to a model half way.
+
+    A new minor version of a package is a matter of rounding and of the order of random numbers. Another pin, other
+    patches and major versions are not. What the other engine has trained is handed over as numbers, which is safe.
+    """
+    (stage,) = (stage for stage in stages(run) if stage.name == "train")
+    now = versions(run, stage)
+    for name in sorted(before.keys() & now.keys()):
+        if before[name].partition(".")[0] != now[name].partition(".")[0]:
+            other = next(name for name in ENGINES if name != run.profile.engine)
+            raise UsageError(
+                f"{run.model_dir} was trained for {step:,} steps with {name} {before[name][:12]}, and here is "
+                f"{now[name][:12]}; go on with the former, or with --set engine={other}, or train another model_name"
+            )
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -590,8 +621,9 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
         (run.directory / "logs").mkdir(exist_ok=True)
         write_json(run.directory / "profile.json", run.profile.model_dump())
         done = 0
-        for stage in wanted:
+        for number, stage in enumerate(wanted):
             if reason(run, stage) is not None:
+                storage.check(run.directory.path, run, [stage for stage in wanted[number:] if stage.name in names])
                 _do(run, stage)
                 done += 1
             for name in stage.scratch:
@@ -641,5 +673,12 @@ def _do(run: Run, stage: Stage) -> None:
 
 def versions(run: Run, stage: Stage) -> dict[str, str]:
     """Return the versions of what a stage is done with: packages, and for upstream's scripts pin and patches."""
-    found = {package: importlib.metadata.version(package) for package in stage.packages}
+    found = {package: _version(package) for package in stage.packages}
     return found | (run.engine.versions() if stage.name in (run.engine.DATA, "train") else {})
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentLacks(f"{package} is not installed; pip install electra-wrap brings it") from None

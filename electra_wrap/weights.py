@@ -14,17 +14,17 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from electra_wrap import process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS, Network, Shape, hf_config
-from electra_wrap.rundir import partial, write_json, write_text
+from electra_wrap.rundir import partial, remove, write_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -269,25 +269,27 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
     no such files, they are zero as at the start of a training. UsageError if the two are not the networks of one
     ELECTRA, or for existing output without `force`.
     """
-    from safetensors import SafetensorError, safe_open
-
-    opened: dict[Network, Any] = {}
+    directories: dict[Network, Path] = {"discriminator": Path(discriminator), "generator": Path(generator)}
+    opened: dict[Network, list[Any]] = {}
     configs: dict[Network, dict[str, Any]] = {}
-    for network, directory in zip(NETWORKS, (Path(discriminator), Path(generator)), strict=True):
+    for network, directory in directories.items():
+        slots = [path for slot in SLOTS if (path := directory / f"{slot}.safetensors").is_file()]
         try:
-            configs[network] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            opened[network] = safe_open(directory / "model.safetensors", "numpy")
-        except (OSError, ValueError, SafetensorError) as error:
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            sizes = ("hidden_size", "num_attention_heads", "embedding_size", "num_hidden_layers")
+            configs[network] = {key: int(config[key]) for key in sizes}
+            opened[network] = [safe_open(path, "numpy") for path in (directory / "model.safetensors", *slots)]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise UsageError(f"{directory}: no {network} of transformers ({error}); give its directory") from None
     # The output layer's weight is the word embeddings again.
-    names = {network: set(file.keys()) - {"generator_lm_head.weight"} for network, file in opened.items()}
+    names = {network: set(files[0].keys()) - {"generator_lm_head.weight"} for network, files in opened.items()}
     tied = all(
-        name in names["discriminator"] and np.array_equal(*(file.get_tensor(name) for file in opened.values()))
+        name in names["discriminator"] and np.array_equal(*(files[0].get_tensor(name) for files in opened.values()))
         for name in names["generator"]
         if name.startswith("electra.embeddings.")
     )
-    variables: dict[str, tuple[Row, Any, list[Any]]] = {}
-    for (network, config), directory in zip(configs.items(), (Path(discriminator), Path(generator)), strict=True):
+    variables: dict[str, tuple[Row, list[Any]]] = {}
+    for network, config in configs.items():
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         projection = config["embedding_size"] != hidden
         if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
@@ -298,20 +300,17 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
         mapping = rows(network, config["num_hidden_layers"], projection=projection, tied_embeddings=tied)
         if wrong := sorted(names[network] ^ {row.pytorch for row in mapping}):
             raise UsageError(f"{_list(wrong)}: missing in or foreign to a {network}; give a whole pre-trained one")
-        files = [directory / f"{slot}.safetensors" for slot in SLOTS]
-        found = [safe_open(file, "numpy") for file in files if file.is_file()]
-        variables.update({row.tensorflow: (row, opened[network], found) for row in mapping})
+        variables.update({row.tensorflow: (row, opened[network]) for row in mapping})
     import tensorflow as tf  # after what can fail without it
 
     with _output(Path(out), force) as directory:
-        zeros: dict[tuple[int, ...], Any] = {}
         saved = {"global_step": tf.constant(step, tf.int64)}
-        for name, (row, tensors, found) in variables.items():
-            values = (file.get_tensor(row.pytorch) for file in (tensors, *found))
+        for name, (row, files) in variables.items():
+            values = (file.get_tensor(row.pytorch) for file in files)
             weight, *adam = (tf.constant(v.T if row.transposed else v, tf.float32) for v in values)
-            zero = zeros.setdefault(tuple(weight.shape), tf.zeros_like(weight))
-            slots = dict(zip(SLOTS, adam or [zero, zero], strict=True))
-            saved |= {name: weight, **{f"{name}/{slot}": value for slot, value in slots.items()}}
+            saved[name] = weight
+            for slot, value in zip(SLOTS, adam or [tf.zeros_like(weight)] * 2, strict=True):
+                saved[f"{name}/{slot}"] = value
         prefix = f"model.ckpt-{step}"
         tf.raw_ops.SaveV2(
             prefix=str(directory / prefix),
@@ -319,9 +318,7 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
             shape_and_slices=[""] * len(saved),
             tensors=list(saved.values()),
         )
-        write_text(
-            directory / "checkpoint", f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "{prefix}"\n'
-        )
+        tf.compat.v1.train.update_checkpoint_state(str(directory), prefix)
     return {"checkpoint": str(Path(out) / prefix), "variables": len(variables)}
 
 
@@ -330,23 +327,16 @@ def _output(path: Path, force: bool) -> Iterator[Path]:
     """Yield a temporary directory that replaces `path` at the end. UsageError if that exists, without `force`."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists; choose another --out, or replace it with --force")
-    replaced = path.with_name(f"{path.name}.replaced")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with partial(path) as directory:
         directory.mkdir()
         yield directory
-        if path.exists():
-            path.rename(replaced)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+        remove(path)
 
 
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _serve(task: str, **arguments: Any) -> Any:
-    return convert_back(**arguments) if task == "convert_back" else convert(**arguments)
-
-
 if __name__ == "__main__":
-    process.serve(_serve)
+    process.serve(convert, convert_back)

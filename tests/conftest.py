@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from electra_wrap import paths, process
@@ -21,6 +22,9 @@ from electra_wrap.stages import Run
 from electra_wrap.upstream import checkout
 
 TESTS = Path(__file__).parent
+
+hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("patient")
 
 SPANISH = [
     "Los pájaros están hablando.",
@@ -166,9 +170,14 @@ print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN"
 if h["learning_rate"] == 0.666:
     print("loss was NaN"); raise SystemExit(1)
 for step in range(start + 1, h["num_train_steps"] + 1):
-    print("%d/%d = 1.0%%, SPS: 1.0, ELAP: 1, ETA: 1 - loss: %.4f" % (step, h["num_train_steps"], 50 / step))
+    print("%d/%d = 1.0%%, SPS: 1.0, ELAP: 1, ETA: 1 - loss: %.4f"
+          % (step, h["num_train_steps"], 50 if h["learning_rate"] == 0.777 else 50 / step))
 for suffix in (".index", ".data-00000-of-00001"):
     open(os.path.join(d, "model.ckpt-%d%s" % (step, suffix)), "w").write(str(step))
+from electra_wrap.rundir import write_sums
+from pathlib import Path
+files = [Path(d, "model.ckpt-%d%s" % (step, suffix)) for suffix in (".index", ".data-00000-of-00001")]
+write_sums(Path(d, "model.ckpt-%d.sha256" % step), files)
 open(state, "w").write('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
 """
 

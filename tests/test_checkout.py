@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import socket
 import subprocess
 import time
@@ -85,6 +86,27 @@ def test_git_variables_of_the_caller_do_not_lead_elsewhere(
     assert not (tmp_path / "other").exists() and not (tmp_path / "index").exists()
 
 
+def test_nothing_of_the_users_git_runs(fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("post-checkout", "post-index-change", "reference-transaction"):
+        hook = tmp_path / "template" / "hooks" / name
+        hook.parent.mkdir(parents=True, exist_ok=True)
+        hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n", encoding="utf-8")
+        hook.chmod(0o755)
+    monkeypatch.setenv("GIT_TEMPLATE_DIR", str(tmp_path / "template"))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "core.hooksPath")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", str(tmp_path / "template" / "hooks"))
+    checkout.ensure()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_two_that_come_at_once_share_one_checkout(fake_upstream: Path, tmp_path: Path) -> None:
+    (paths.vendor_directory() / ".fetch-by-somebody-who-was-killed").mkdir()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: checkout.ensure(), range(4)))) == 1
+    assert files(paths.vendor_directory()) == sorted([".lock", "electra.lock", checkout.Pin.read().directory.name])
+
+
 def touch_line(directory: Path) -> None:
     path = directory / "build_pretraining_dataset.py"
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
@@ -97,9 +119,11 @@ def touch_line(directory: Path) -> None:
         lambda d: (d / "sitecustomize.py").write_text("", encoding="utf-8"),
         lambda d: (d / "model" / "__init__.py").unlink(),
         lambda d: (d / "run.sh").chmod(0o644),
+        lambda d: (d / "submodule").mkdir(),
+        lambda d: (d / ".git" / "hooks").mkdir(parents=True) or (d / ".git" / "hooks" / "post-checkout").touch(),
         lambda d: (d / ".git").mkdir() or (d / ".git" / "x").write_text("", encoding="utf-8"),
     ],
-    ids=["line", "new file", "missing file", "mode", "git directory"],
+    ids=["line", "new file", "missing file", "mode", "submodule", "hook", "git directory"],
 )
 def test_a_touched_checkout_is_refused(fake_upstream: Path, tamper: Callable[[Path], None]) -> None:
     directory = checkout.ensure()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.metadata
 import json
+import os
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import campaign
 import pytest
 from conftest import SPANISH
 
 from electra_wrap import cli as cli_module
-from electra_wrap import paths
+from electra_wrap import doctor, paths, vocab
 from electra_wrap.native import bench
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -111,6 +115,7 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
         ([], 2, "COMMAND"),
         (["rnu"], 2, "invalid choice"),
         (["run", "--profile", "nope"], 2, "no profile 'nope'"),
+        (["run", "--profile=--"], 2, "gives no value"),
         (["run", "--until", "nope"], 2, "the stages are corpus, vocab"),
         (["run", "--set", "corpus.source=nowhere.txt"], 2, "nowhere.txt"),
         (["run", "--run-dir", "/proc/nothing"], 3, "/proc/nothing"),
@@ -188,4 +193,52 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(cli: Cli, tmp_path: Pat
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """A short `campaign.py`."""
     text = "\n".join(f"{line} {number}" for number in range(3000) for line in SPANISH).encode()
-    campaign.campaign(tmp_path, text, "native", kills=3, seed=1, say=print, seconds=1.0)
+    kinds = ("kill all processes", "damage a file", "SIGTERM")
+    found = campaign.campaign(tmp_path, text, "native", 3, seed=1, say=print, kinds=kinds, seconds=1.0)
+    assert sum(one.alone for one in found.kinds.values()) == 3
+
+
+def test_doctor_names_what_the_profile_needs_and_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "spanish-tiny"\n[train]\ndevice = "gpu"\n', encoding="utf-8")
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
+    done = cli("doctor", "--profile", "mine.toml", "--set", "corpus.source=nowhere.txt", "--json", env=hidden)
+    found = {one["what"]: one for one in json.loads(done.stdout)}
+    assert done.returncode == 3 and done.stderr.count("\n") == 1
+    assert all(found[what]["status"] == "missing" for what in ("corpus", "GPUs, native engine"))
+    assert found["GPUs, upstream engine"]["status"] == "mend", "which this profile does not use"
+    assert "PyTorch's CUDA wheels" in found["GPUs, native engine"]["mend"]
+    assert all(found[what]["status"] == "ok" for what in ("Python", "processors", "disk"))
+    assert "corpus, disk" not in done.stderr and "corpus" in done.stderr
+
+
+def test_doctor_compares_the_packages_with_what_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["numpy>=99", "nothing-at-all", "pydantic>=2", "datasets>=99 ; extra == 'datasets'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
+    (found,) = (one for one in doctor._packages() if one.what == "packages")
+    assert found.status == "missing" and found.found.startswith("numpy ") and "nothing-at-all is missing" in found.found
+    assert "pydantic" not in found.found and "datasets" not in found.found
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(os.environ["MARK"]),)
+
+
+@pytest.mark.parametrize("way", ["code", "pickle"])
+def test_a_model_of_a_stranger_runs_nothing(
+    cli: Cli, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"architectures": ["ElectraForPreTraining"], "model_type": "electra"}
+    model, mark = tmp_path / "model", tmp_path / "mark"
+    model.mkdir()
+    vocab.write_tokenizer(model, [*vocab.SPECIAL_TOKENS, "x"], lowercase=False, strip_accents=False, max_length=9)
+    monkeypatch.setenv("MARK", str(mark))
+    if way == "code":
+        (model / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n", encoding="utf-8")
+        (model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    else:
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = cli("detect", "--model", "model", "x")
+    assert done.returncode == 2 and "cannot be loaded" in done.stderr and done.stderr.count("\n") == 1
+    assert not mark.exists()

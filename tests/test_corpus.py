@@ -22,7 +22,7 @@ from electra_wrap.profile import Corpus
 def shard(tmp_path: Path, files: list[Any], **keys: Any) -> tuple[dict[str, int], list[str], str]:
     out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
     names = [str(file) for file in files]
-    counts = corpus.shard(names, out, Corpus(source="", **{"shards": 3, **keys}))
+    counts = corpus.shard(names, out, Corpus(source="x", **{"shards": 3, **keys}))
     parts = [p.read_bytes().decode() for p in sorted((out / "corpus").iterdir())]
     return counts, parts, "".join(p.read_bytes().decode() for p in (out / "heldout").iterdir())
 
@@ -174,7 +174,12 @@ def test_sharding_that_was_killed_goes_on(
         content = text[i * 999 :]
         files.append(str(write(tmp_path / f"{i}{suffix}", gzip.compress(content) if suffix == ".gz" else content)))
     keys = Corpus(
-        source="", shards=3, held_out=0.2, max_lines=3000, blank_lines_separate_documents=blank, deduplicate=deduplicate
+        source="x",
+        shards=3,
+        held_out=0.2,
+        max_lines=3000,
+        blank_lines_separate_documents=blank,
+        deduplicate=deduplicate,
     )
     expected = corpus.shard(files, tmp_path / "undisturbed", keys, ["identity"])
     killed = 0
@@ -217,14 +222,14 @@ def test_an_enormous_line_at_the_end_of_a_file_takes_nothing_of_the_next(tmp_pat
     assert text.endswith("\n\ndos\n\n")
 
 
-@pytest.mark.parametrize("lost", ["corpus/part-00001.txt", "file", "names"])
+@pytest.mark.parametrize("lost", ["corpus/part-00001.txt", "file", "names", "bit", "state"])
 def test_what_is_not_as_it_was_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     """After a kill, a shard or a source is not what it was; or a glob would match something more, which comes late."""
     monkeypatch.setattr(corpus, "SAVE_EVERY", 0.0)
     memory = fsspec.filesystem("memory")
     for name in ("b", "c"):
         memory.pipe(f"/lost-{lost}/{name}.txt", "".join(f"{name} {i}\n\n" for i in range(300)).encode())
-    keys, names = Corpus(source="", shards=3), [f"memory://lost-{lost}/*.txt"]
+    keys, names = Corpus(source="x", shards=3), [f"memory://lost-{lost}/*.txt"]
     if (child := os.fork()) == 0:
         real = corpus._Sharder._add
 
@@ -243,12 +248,36 @@ def test_what_is_not_as_it_was_is_begun_anew(tmp_path: Path, monkeypatch: pytest
     else:
         if lost == "file":
             memory.pipe(f"/lost-{lost}/b.txt", memory.cat(f"/lost-{lost}/b.txt").upper() + b"x\n")
+        elif lost == "bit":
+            shard_file = tmp_path / "work" / "corpus" / "part-00000.txt"
+            shard_file.write_bytes(shard_file.read_bytes().replace(b"9", b"8", 1))
+        elif lost == "state":
+            state = json.loads((tmp_path / "work" / "state.json").read_text())
+            state["sizes"] = state["sizes"][:-1]
+            (tmp_path / "work" / "state.json").write_text(json.dumps(state))
         else:
             (tmp_path / "work" / lost).unlink()
         expected = corpus.shard(names, tmp_path / "again", keys)
     assert corpus.shard(names, tmp_path / "work", keys, 1) == expected
     for path in (tmp_path / "again").rglob("*.txt"):
         assert path.read_bytes() == (tmp_path / "work" / path.relative_to(tmp_path / "again")).read_bytes()
+
+
+def test_a_file_name_need_not_be_unicode(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/Espa\xf1a.txt"
+    Path(os.fsdecode(name)).write_text("uno\n", encoding="utf-8")
+    assert corpus.shard([os.fsdecode(name)], tmp_path / "work", Corpus(source="x", shards=1))["lines"] == 1
+    assert json.loads((tmp_path / "work" / "state.json").read_text())["names"] == [os.fsdecode(name)]
+
+
+@pytest.mark.parametrize(
+    "state", ["", "[]", "{}", '{"identity": 1, "names": 3}', '{"identity": 1, "names": [], "x": 1}']
+)
+def test_a_damaged_state_is_as_good_as_none(tmp_path: Path, state: str) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "state.json").write_text(state, encoding="utf-8")
+    counts = corpus.shard([str(write(tmp_path / "a", "uno\n"))], tmp_path / "work", Corpus(source="x", shards=1), 1)
+    assert counts["lines"] == 1
 
 
 def test_max_lines_and_file_ends(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from electra_wrap import profile
+from electra_wrap import paths, profile
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import Profile
 
@@ -176,6 +177,15 @@ def test_a_new_vocabulary_has_nothing_of_the_former_one(tmp_path: Path) -> None:
     assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size) == ("/v.txt", "a" * 64, None)
 
 
+def test_the_last_of_equal_overrides_counts() -> None:
+    given = ["tokenizer={source='hf://a'}", "tokenizer.sha256=" + "a" * 64, "tokenizer.source=hf://b"]
+    tokenizer = Profile.load("spanish-tiny", given).tokenizer
+    assert (tokenizer.source, tokenizer.sha256) == ("hf://b", "a" * 64)
+    assert (
+        Profile.load("spanish-tiny", ["train=5", "train={steps=90,warmup_steps=1}", "train.steps=80"]).train.steps == 80
+    )
+
+
 def test_relative_paths_belong_to_who_wrote_them(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -189,6 +199,8 @@ def test_relative_paths_belong_to_who_wrote_them(tmp_path: Path, base: str, monk
 def test_an_unknown_profile_is_suggested_and_a_broken_one_located(tmp_path: Path) -> None:
     assert "did you mean spanish-tiny?" in error("spanish-tyni")
     assert "no profile file" in error("./nowhere.toml")
+    assert "no profile file" in error("~nobody-of-that-name/nowhere.toml")
+    assert Profile.load("spanish-tiny", ["corpus.source=~nobody-of-that-name"]).corpus.source[0] == "/"
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = = 3", encoding="utf-8")
     assert "not valid TOML" in error(str(broken))
@@ -215,3 +227,69 @@ def test_any_value_is_taken_or_refused_in_one_line(key: str, value: object) -> N
         Profile.load("spanish-tiny", [f"{key}={json.dumps(value)}"])
     except UsageError as raised:
         assert "\n" not in str(raised)
+
+
+KEYS = st.sampled_from(
+    [
+        *("extends", "description", "language", "model_name", "engine", "corpus", "tokenizer", "model", "train"),
+        *("source", "corpus.source", "tokenizer.source", "size", "steps", "train.steps", "sha256", "vocab_size"),
+    ]
+) | st.from_regex(r"[a-z_]{1,6}", fullmatch=True)
+VALUES = st.recursive(st.integers() | st.booleans() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(KEYS, VALUES)), st.lists(st.tuples(KEYS, st.lists(st.tuples(KEYS, VALUES)))))
+def test_any_file_is_a_profile_or_refused_in_one_line(
+    tmp_path: Path, top: list[tuple[str, object]], sections: list[tuple[str, list[tuple[str, object]]]]
+) -> None:
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=True)}" for key, value in top]
+    for section, keys in sections:
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys)]
+    path = tmp_path / "strange.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    taken_or_refused(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_to_a_profile_is_taken_or_refused_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray((paths.CONFIGS / "spanish-tiny.toml").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content)))
+        content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=5))
+    path = tmp_path / "damaged.toml"
+    path.write_bytes(content)
+    taken_or_refused(path)
+
+
+def taken_or_refused(path: Path) -> None:
+    try:
+        loaded = Profile.load(str(path))
+    except UsageError as raised:
+        assert "\n" not in str(raised)
+    else:
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.model_name), "a name, and no path out of the run"
+
+
+@pytest.mark.parametrize(
+    ("source", "secret"),
+    [
+        ("https://me:hunter2@example.org/es.txt", True),
+        ("https://example.org/es.txt?X-Amz-Signature=hunter2", True),
+        ("https://example.org/es.txt?a=b&access_token=hunter2", True),
+        ("https://me:${PASSWORD}@example.org/es.txt?sig=${SIG}", False),
+        ("https://example.org/es.txt?monkey=1", False),
+        ("https://example.org/es.txt?lines=1", False),
+        ("https://hunter2@example.org/es.txt", True),
+        ("sftp://me@example.org/es.txt", False),
+        ("s3://bucket/es.txt", False),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_repeated(base: str, source: str, secret: bool) -> None:
+    try:
+        Profile.load(base, [f'corpus.source="{source}"'])
+    except UsageError as raised:
+        assert secret and "put ${NAME} in its place" in str(raised) and "hunter2" not in str(raised)
+    else:
+        assert not secret

@@ -46,6 +46,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.sent = 0
         self.requests: list[str | None] = []
+        self.paths: list[str] = []
         self.breaks: list[int] = []
         self.ranges = True
         self.total: str | None = None
@@ -71,6 +72,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, content = self.server, self.server.files.get(self.path.partition("?")[0])
         server.requests.append(self.headers.get("Range"))
+        server.paths.append(self.path)
         if content is None or server.status != 200:
             self.send_response(404 if content is None else server.status)
             self.send_header("X-Error-Code", "RepoNotFound" if "nada" in self.path else "EntryNotFound")
@@ -203,7 +205,7 @@ def test_max_lines_ends_the_transfer(server: Server, tmp_path: Path) -> None:
     """Of text that is compressed to 12 MB, one line in a hundred costs a first block and no more."""
     lines = [hashlib.sha256(bytes([i % 256, i // 256 % 256, i // 65536])).hexdigest() for i in range(320_000)]
     content = gzip.compress("\n".join(lines).encode(), 1)
-    keys = Corpus(source="", shards=2, max_lines=3200, blank_lines_separate_documents=False)
+    keys = Corpus(source="x", shards=2, max_lines=3200, blank_lines_separate_documents=False)
     counts = corpus.shard([server.url("es.gz", content)], tmp_path / "work", keys)
     assert counts["lines"] == 3200 and len(content) > 10_000_000
     assert server.sent == sources.FIRST_BLOCK
@@ -215,7 +217,7 @@ def test_any_file_system_is_read_and_its_globs(tmp_path: Path) -> None:
         memory.pipe(f"/texts/{number}{suffix}", COMPRESS[suffix](f"texto {number}\n".encode()))
     names = corpus.find(["memory://texts/*"], tmp_path)
     assert names == ["memory://texts/*"]
-    corpus.shard(names, tmp_path / "work", Corpus(source="", shards=1))
+    corpus.shard(names, tmp_path / "work", Corpus(source="x", shards=1))
     shard = (tmp_path / "work" / "corpus" / "part-00000.txt").read_text(encoding="utf-8")
     assert shard == "".join(f"texto {number}\n\n" for number in range(len(COMPRESS)))
     with pytest.raises(UsageError, match="matches nothing"):
@@ -262,10 +264,27 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     name = f"{sources.DATASET}{tmp_path}/es::train:texto"
     assert read(name).decode() == "Uno.\nDos.\nTres.\n\n\n\nCuatro.\n\nCinco.\n\n"
     assert read(name, offset=5) == b"Dos.\n" + read(name, offset=10)
-    counts = corpus.shard([name], tmp_path / "work", Corpus(source="", shards=1))
+    counts = corpus.shard([name], tmp_path / "work", Corpus(source="x", shards=1))
     assert (counts["lines"], counts["documents"]) == (5, 3)
     with pytest.raises(UsageError, match=r"no text in a column 'text'; there are texto"):
         sources.Stream(f"{sources.DATASET}{tmp_path}/es")
     assert "torch" not in sys.modules, "the data set's library imports it unless it is told not to"
     with pytest.raises(UsageError, match="is not hf://datasets/NAME"):
         sources.Stream(f"{sources.DATASET}a:b:c:d:e")
+
+
+def test_what_is_secret_of_a_url_is_written_nowhere(
+    server: Server, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.url("es.txt", TEXT).replace("es.txt", "es.txt?token=${CORPUS_TOKEN}")
+    monkeypatch.setenv("CORPUS_TOKEN", "hunter2")
+    arguments = ("run", "--run-dir", "run", "--set", f'corpus.source="{url}"', "--set", "tokenizer.vocab_size=300")
+    assert cli(*arguments, "--until", "corpus").returncode == 0
+    assert "/es.txt?token=hunter2" in server.paths
+    done = cli(*arguments, "--until", "vocab")
+    server.status = 403
+    failed = cli(*arguments, "--set", "corpus.shards=3", "--until", "corpus")
+    assert done.returncode == 0 and failed.returncode == 3 and "403" in failed.stderr
+    assert "hunter2" not in done.stderr + failed.stderr
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path

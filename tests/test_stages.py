@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from electra_wrap import paths, stages
+from electra_wrap import paths, process, stages, storage
 from electra_wrap.errors import EnvironmentLacks, StageFailed, UsageError
-from electra_wrap.rundir import RunDir, write_json
+from electra_wrap.rundir import MANIFESTS, RunDir, write_json
 from electra_wrap.stages import Run
 from electra_wrap.upstream import engine
 
@@ -65,12 +65,12 @@ def test_held_out_text_is_not_trained_on(trained: Run) -> None:
 
 
 def test_a_second_run_does_nothing(trained: Run, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*") if p.name != "manifest.json"}
+    before = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*") if p.name not in MANIFESTS}
     began = time.monotonic()
     stages.execute(make_run(), "train")
     assert time.monotonic() - began < 5
     assert "nothing to do" in capsys.readouterr().err
-    after = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*") if p.name != "manifest.json"}
+    after = {p: p.stat().st_mtime_ns for p in trained.directory.path.rglob("*") if p.name not in MANIFESTS}
     ignored = {trained.directory.path, trained.directory / "profile.json", trained.directory / ".lock"}
     assert {k: v for k, v in before.items() if k not in ignored} == {k: v for k, v in after.items() if k not in ignored}
 
@@ -289,7 +289,7 @@ def test_a_full_disk_is_said_by_the_process_that_builds(
     run = make_run(f'engine="{engine}"')
     stages.execute(run, "vocab")
     with monkeypatch.context() as patch, pytest.raises(EnvironmentLacks, match="File too large"):
-        patch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, preexec_fn=limit_files))
+        patch.setattr(process, "die_with_parent", lambda parent: limit_files())
         stages.execute(make_run(f'engine="{engine}"'), run.engine.DATA)
     stages.execute(make_run(f'engine="{engine}"'), run.engine.DATA)
 
@@ -377,10 +377,142 @@ def test_one_run_at_a_time(make_run: MakeRun) -> None:
         stages.execute(make_run(), "corpus")
 
 
-def test_a_damaged_manifest_is_one_line(trained: Run, make_run: MakeRun) -> None:
-    (trained.directory / "manifest.json").write_text("{", encoding="utf-8")
+def test_a_damaged_manifest_has_a_copy(trained: Run, make_run: MakeRun) -> None:
+    for name in MANIFESTS:
+        for damaged in ("{", '{"stages": 3, "digests": {}}', "[]", '{"stages": {"corpus": {}}, "digests": {}}'):
+            (trained.directory / name).write_text(damaged, encoding="utf-8")
+            assert todo(make_run()) == {}
+        make_run().directory.save()
+    for name in MANIFESTS:
+        (trained.directory / name).write_text("", encoding="utf-8")
     with pytest.raises(UsageError, match="is damaged"):
         make_run()
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "how", [damage, Path.unlink, lambda path: path.write_bytes(b"")], ids=["one bit", "missing", "empty"]
+)
+@pytest.mark.parametrize("part", ["index", "data-00000-of-00001", "sha256"])
+def test_a_checkpoint_that_is_not_whole_is_stepped_over(
+    trained: Run, make_run: MakeRun, part: str, how: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.execute(make_run("train.steps=6"), "train")
+    run = make_run("train.steps=8")
+    how(run.model_dir / f"model.ckpt-6.{part}")
+    assert todo(run)["train"] == "at step 4 of 8"
+    stages.execute(run, "train")
+    gone = part == "index" and how is Path.unlink  # a checkpoint without it is none, to TensorFlow too
+    assert gone or "warning: the checkpoint of step 6 is not whole" in " ".join(capsys.readouterr().err.split())
+    assert run.recorded("train")["facts"]["from_step"] == 4 and run.step == 8
+    assert gone or [path for path in run.model_dir.iterdir() if path.name.endswith(".old-1")]
+    assert (
+        (run.model_dir / "checkpoint").read_text(encoding="utf-8").startswith('model_checkpoint_path: "model.ckpt-8"')
+    )
+
+
+def test_a_bit_that_rots_without_a_trace_is_seen_before_training_goes_on(trained: Run, make_run: MakeRun) -> None:
+    stages.execute(make_run("train.steps=6"), "train")
+    path = trained.model_dir / "model.ckpt-6.data-00000-of-00001"
+    before = path.stat()
+    damage(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    stages.execute(make_run("train.steps=8"), "train")
+    assert make_run().recorded("train")["facts"]["from_step"] == 4
+
+
+def test_another_engines_checkpoint_that_is_not_whole_is_stepped_over_too(trained: Run, make_run: MakeRun) -> None:
+    """It is of the same step, and the engine whose it is would go on from it by its name."""
+    (trained.model_dir / "step-4").mkdir()
+    stages.execute(make_run("train.steps=6"), "train")
+    assert not (trained.model_dir / "step-4").exists() and (trained.model_dir / "step-4.old-1").is_dir()
+
+
+def test_without_a_whole_checkpoint_training_begins_anew(trained: Run, make_run: MakeRun) -> None:
+    damage(trained.model_dir / "model.ckpt-4.data-00000-of-00001")
+    (trained.model_dir / "model.ckpt-9_temp").mkdir()
+    assert todo(make_run())["train"] == "not done yet"
+    stages.execute(make_run(), "train")
+    assert make_run().recorded("train")["facts"]["from_step"] == 0 and make_run().step == 4
+    assert (trained.model_dir / "model.ckpt-4.index.old-1").is_file()
+    assert not (trained.model_dir / "model.ckpt-9_temp").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "says"),
+    [
+        ("tensorflow", "2.0.0", None),
+        ("tensorflow", "3.0.0", r"trained for 4 steps with tensorflow 3\.0\.0, and here is 2\..*engine=native"),
+        ("patched upstream", "0" * 40, "with patched upstream 000000000000, and here is"),
+    ],
+)
+def test_a_model_half_way_goes_on_with_what_trained_it(
+    trained: Run, make_run: MakeRun, name: str, version: str, says: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = trained.directory.manifest["stages"]["train electra-tiny-spanish"]
+    recorded["versions"][name] = version
+    trained.directory.save()
+    assert todo(make_run()) == {}, "what is done is done"
+    if says is None:
+        stages.execute(make_run("train.steps=6"), "train")
+        assert f"continues with other versions: {name} was '{version}'" in " ".join(capsys.readouterr().err.split())
+        return
+    with pytest.raises(UsageError, match=says):
+        stages.execute(make_run("train.steps=6"), "train")
+    assert todo(make_run("train.steps=6", "engine=native"))["train"], "which takes it over as numbers"
+
+
+def test_room_is_asked_for_before_the_work(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    stages.execute(run, "tfrecords")
+    one = storage.estimate(make_run())["train"] / 2  # of 4 steps: a checkpoint, and one while it is written
+    for keys, kept in ((["train.keep=0"], 5), (["train.keep=3"], 3), (["train.keep=30"], 5)):
+        assert storage.estimate(make_run("train.save_every=1", *keys))["train"] == one * (kept + 1)
+    free = sum(storage.estimate(run)[name] for name in ("train", "convert"))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free - 1))
+    with pytest.raises(EnvironmentLacks, match=r"GB free, and this run will write about .*\(train .*make room"):
+        stages.execute(run)
+    assert not run.model_dir.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    stages.execute(run, "train")
+    with (run.model_dir / "a checkpoint that is there").open("wb") as file:
+        file.truncate(storage.estimate(run)["train"])
+    left = storage.estimate(run)["convert"]
+    left_to_do = [stage for stage in stages.stages(run) if stage.name in ("train", "convert")]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=left - 1))
+    with pytest.raises(EnvironmentLacks, match="make room"):
+        storage.check(run.directory.path, run, left_to_do)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=left))
+    assert storage.check(run.directory.path, run, left_to_do) == left
+
+
+def test_what_a_killed_stage_left_needs_no_room_again(make_run: MakeRun, text: Path) -> None:
+    run = make_run()
+    (stage,) = (stage for stage in stages.stages(run) if stage.name == "corpus")
+    (run.directory / "corpus.partial").mkdir(parents=True)
+    (run.directory / "corpus.partial" / "part-00000.txt").write_bytes(bytes(1000))
+    assert storage.check(run.directory.path, run, [stage]) == text.stat().st_size - 1000
+    for source in (text.parent, text.with_suffix(".*")):
+        assert storage.estimate(make_run(f'corpus.source="{source}"'))["corpus"] >= text.stat().st_size
+
+
+def test_a_loss_that_does_not_move_ends_training(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake's losses are 50, 25, 17 … at step 1, 2, 3; untrained guessing is 40."""
+    monkeypatch.setattr(stages, "PATIENCE", 0)
+    stages.execute(make_run("train.warmup_steps=2"), "train")
+    with pytest.raises(StageFailed, match=r"the loss is 50.00 at step 1, as before training \(4\d\.\d\d\)"):
+        stages.execute(make_run("model_name=other", "train.warmup_steps=1"), "train")
+    monkeypatch.setattr(stages, "PATIENCE", 1000)
+    stuck = ("model_name=stuck", "train.learning_rate=0.777")
+    stages.execute(make_run(*stuck), "train")
+    monkeypatch.setattr(stages, "PATIENCE", 0)
+    stages.execute(make_run(*stuck, "train.steps=6"), "train")  # nobody knows what its loss was at first
 
 
 @pytest.mark.parametrize(("megabytes", "files"), [(0, 1), (5, 5), (100, 100), (5400, 1000)])
@@ -421,7 +553,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_script_save(tmp_path: Path, number: signal.Signals) -> None:
     process = interruptible(tmp_path, WAITS.format(stubborn="no"))
     assert process.stdout and process.stdout.readline() == "ready\n"
@@ -439,6 +571,46 @@ def test_a_second_signal_ends_a_script_that_does_not_stop(tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
+
+
+def test_a_script_does_not_outlive_the_command(tmp_path: Path) -> None:
+    command = interruptible(tmp_path, "import os\nprint(os.getpid(), flush=True)\n" + WAITS.format(stubborn="yes"))
+    assert command.stdout
+    script = Path("/proc") / command.stdout.readline().strip()
+    assert script.exists()
+    command.kill()
+    command.communicate(timeout=20)
+    for _ in range(400):
+        if not script.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it is still there")
+
+
+def test_a_process_whose_command_has_ended_does_not_begin() -> None:
+    """torchrun's, say, if that was killed while it started them."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    code = "from electra_wrap import process; process.die_with_command()"
+    here = platform.node()
+    for machine, command, expected in ((here, os.getpid(), 0), (here, ended.pid, -9), ("elsewhere", ended.pid, 0)):
+        environment = process.environment({"ELECTRA_WRAP_COMMAND": f"{machine} {command}"})
+        assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == expected
+
+
+def test_what_the_machine_lacks_is_said_whoever_notices(tmp_path: Path) -> None:
+    fails = "raise SystemExit('library: writing failed: No space left on device')"
+    command = interruptible(tmp_path, fails)
+    error = command.communicate(timeout=20)[1]
+    assert (
+        command.returncode == 3 and error == "electra_wrap: error: No space left on device; mend that and run again\n"
+    )
+
+
+def test_a_script_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
+    command = interruptible(tmp_path, "import os\nos.kill(os.getpid(), 9)")
+    error = command.communicate(timeout=20)[1]
+    assert command.returncode == 4 and "ended by SIGKILL (which the system sends when memory is short)" in error
 
 
 def test_manifest_says_what_each_stage_was_made_from(trained: Run) -> None:

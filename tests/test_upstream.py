@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from electra_wrap import parts, paths, process, stages, vocab
 from electra_wrap.profile import NETWORKS, Profile
-from electra_wrap.rundir import RunDir
+from electra_wrap.rundir import RunDir, whole
 from electra_wrap.stages import Run
 from electra_wrap.upstream import checkout, engine
 
@@ -81,7 +81,7 @@ def test_a_second_run_does_nothing_and_more_steps_resume(finished: Run, corpus_t
     more = Run(tiny(corpus_text, steps=6), RunDir(finished.directory.path))
     assert [stage.name for stage, _ in stages.plan(more, "check")] == ["train", "convert", "check"]
     stages.execute(more, "train")
-    assert len(losses(more)) == 6 and engine.latest_step(more.model_dir) == 6
+    assert len(losses(more)) == 6 and engine.steps(more.model_dir)[-1] == 6
 
 
 def test_the_same_profile_gives_the_same_records_and_losses(finished: Run, corpus_text: Path, tmp_path: Path) -> None:
@@ -107,6 +107,16 @@ def test_no_warm_up_is_no_nan_and_logs_are_as_often_as_asked(finished: Run, corp
     assert all(math.isfinite(loss) for loss in losses(run)) and len(losses(run)) == 2
     stages.execute(run, "convert")  # refuses weights that are not finite
     run.log("train").with_suffix(".before").replace(run.log("train"))
+
+
+@pytest.mark.parametrize(("rate", "says"), [(1e30, "at step 2 the loss is nan"), (1e39, "at step 1 the loss is nan")])
+def test_values_that_are_not_finite_end_training_and_are_not_saved(finished: Run, rate: float, says: str) -> None:
+    """A loss that is none, between checkpoints; and weights that are none, after a step whose loss was fine."""
+    save_every = 3 if rate < 1e39 else 1
+    hparams = {**finished.hparams(), "learning_rate": rate, "num_warmup_steps": 0, "save_checkpoints_steps": save_every}
+    with pytest.raises(stages.StageFailed, match=f"^{says}.* not finite; the last checkpoint is from before"):
+        run_script(finished, f"diverges-{save_every}", {**hparams, "num_train_steps": 50})
+    assert engine.steps(finished.directory / "models" / f"diverges-{save_every}") == [0]
 
 
 def test_blank_lines_separate_documents_or_do_not(upstream: Path, finished: Run, tmp_path: Path) -> None:
@@ -197,9 +207,8 @@ def test_a_process_that_dies_fails_the_script(upstream: Path, finished: Run, tmp
     run = Run(finished.profile, RunDir(tmp_path / "run"))
     stages.execute(run, "vocab")
     (run.directory / "corpus" / "part-00001.txt").write_bytes(b"\xff\xfe no text \xff\n")
-    with pytest.raises(stages.StageFailed, match="ended with code 1") as raised:
+    with pytest.raises(stages.StageFailed, match=r"UnicodeDecodeError.*the whole log is"):
         stages._data(run)
-    assert "UnicodeDecodeError" in raised.value.tail
     assert not (run.directory / "pretrain_tfrecords").exists()
 
 
@@ -338,7 +347,7 @@ def test_logits_equal_those_of_upstreams_graph(upstream: Path, tmp_path: Path, s
 def test_training_continues_at_the_same_loss_from_a_checkpoint_that_went_there_and_back(
     upstream: Path, finished: Run, tmp_path: Path
 ) -> None:
-    step = engine.latest_step(finished.model_dir)
+    step = engine.steps(finished.model_dir)[-1]
     both = {network: str(tmp_path / "hf" / network) for network in NETWORKS}
     process.call(
         "electra_wrap.weights", {"task": "convert", "checkpoint": str(finished.model_dir), "out": str(tmp_path / "hf")}
@@ -361,9 +370,8 @@ def test_a_damaged_record_stops_training(upstream: Path, finished: Run, tmp_path
         content = bytearray(path.read_bytes())
         content[20] ^= 1  # in the first record
         path.write_bytes(content)
-    with pytest.raises(stages.StageFailed, match="ended with code") as raised:
+    with pytest.raises(stages.StageFailed, match=r"corrupted record at .*the whole log is"):
         run_script(run, "m", run.hparams())
-    assert "DataLossError" in run.log("train").read_text(encoding="utf-8") and raised.value.tail
 
 
 def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: Path, tmp_path: Path) -> None:
@@ -373,7 +381,7 @@ def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: P
     ]
     keys = ("tokenizer.vocab_size=300", "model.hidden_size=64", "model.max_seq_length=32", "train.warmup_steps=1")
     keys += ("train.batch_size=4", "train.log_every=1", "train.device=cpu", "corpus.held_out=0.2")
-    keys += ("train.steps=100000", "model_name=long", "engine=upstream")
+    keys += ("train.save_every=5", "train.keep=2", "train.steps=100000", "model_name=long", "engine=upstream")
     for key in keys:
         command += ["--set", key]
     environment = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)}
@@ -386,7 +394,12 @@ def test_an_interrupted_training_saves_and_resumes(finished: Run, corpus_text: P
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130, error
-    step = engine.latest_step(finished.directory / "models" / "long")
+    model_dir = finished.directory / "models" / "long"
+    step = engine.steps(model_dir)[-1]
+    sums = [engine.sums(model_dir, step) for step in engine.steps(model_dir)]
+    assert len(sums) == 2 and all(map(whole, sums)) and {*model_dir.glob("*.sha256")} == {*sums}, (
+        "of those that are kept, and only those"
+    )
     assert step and f"step {step:,} is saved, the same command resumes there" in error.splitlines()[-1]
 
 
@@ -397,7 +410,7 @@ def test_the_learning_rate_sees_the_step_before_it_advances(upstream: Path) -> N
 
 
 def test_evaluation_runs_on_the_latest_checkpoint(upstream: Path, finished: Run, tmp_path: Path) -> None:
-    step = engine.latest_step(finished.model_dir)
+    step = engine.steps(finished.model_dir)[-1]
     hparams = {
         **finished.hparams(),
         "do_train": False,

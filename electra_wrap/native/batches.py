@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from electra_wrap.errors import StageFailed
 from electra_wrap.native.examples import Store
 
 #: Share of the chosen tokens that become [MASK]; the others stay as they are, and are predicted all the same.
@@ -108,6 +109,8 @@ class Batches:
         rows = slice(first, first + self._rows)
         ids, firsts = self._store.read(numbers[rows], self._length)
         positions, weights = self._masking.choose(ids, sizes[rows], draws[0, rows])
+        if not positions.any():  # only [CLS], which is never chosen, is at 0
+            raise StageFailed(f"no example of step {step + 1:,} has a token that could be masked; look at the corpus")
         return {
             "ids": ids,
             "sizes": sizes[rows],

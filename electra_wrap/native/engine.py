@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from electra_wrap import process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
-from electra_wrap.rundir import finish, write_json
+from electra_wrap.rundir import write_json
 
 if TYPE_CHECKING:
     from electra_wrap.stages import Run
@@ -43,8 +44,12 @@ def prepare(run: Run) -> None:
     """Nothing has to be fetched."""
 
 
-def latest_step(model_dir: Path) -> int | None:
-    return max(checkpoints.steps(model_dir), default=None)
+steps, sums = checkpoints.steps, checkpoints.sums
+
+
+def set_aside(run: Run, step: int) -> None:
+    """Give a checkpoint a name that is no checkpoint's."""
+    run.directory.set_aside(checkpoints.path(run.model_dir, step))
 
 
 def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_line: Callable[[str], None]) -> None:
@@ -61,6 +66,11 @@ def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_l
     }
     argv = [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)]
     process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=on_line)
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """Bytes that a token takes in the parts, and again in what they are joined to."""
+    return 2 * (2 if vocab_size <= 2**16 else 4)
 
 
 def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
@@ -86,6 +96,8 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
             launcher = shlex.split(run.launch)
         except ValueError as error:
             raise UsageError(f"--launch {run.launch}: {error}; quote it as a shell does") from None
+        if not launcher or shutil.which(launcher[0]) is None:
+            raise UsageError(f"--launch {run.launch!r}: there is no such command; give one, such as torchrun")
     elif len(gpus) > 1:
         patience = f"--shutdown-timeout={process.GRACE}"  # torchrun's own is 30 s, which a checkpoint may take
         launcher += ["-m", "torch.distributed.run", "--standalone", patience, f"--nproc-per-node={len(gpus)}"]
@@ -117,4 +129,4 @@ def export(run: Run, step: int, out: Path, *, slots: bool = False) -> dict[str, 
 
 def adopt(run: Run, step: int, exported: Path) -> None:
     """Make a checkpoint of what another engine exported with slots, from which `train` goes on."""
-    finish(exported, checkpoints.path(run.model_dir, step))
+    checkpoints.finish(exported, run.model_dir, step)

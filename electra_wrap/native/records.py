@@ -38,6 +38,8 @@ def read(directory: Path, length: int, vocab_size: int) -> Iterator[examples.Exa
                     f"{length} tokens and the vocabulary has {vocab_size}; correct the profile"
                 )
             size = sum(mask)
+            if size <= 2 + (1 in segments):  # [CLS], and a [SEP] for each segment
+                raise UsageError(f"{directory} has examples without a token to predict; build them again")
             yield examples.Example(ids[:size], size - sum(segments))
 
 

@@ -16,6 +16,11 @@ import types
 from pathlib import Path
 from typing import Any
 
+from electra_wrap import process
+
+if __name__ == "__main__":
+    process.die_with_command()  # before imports that take seconds
+
 # TensorBoard's writer imports TensorFlow if it is there, unless this module is; the two abort in one process.
 sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
 
@@ -25,13 +30,12 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import DistributedDataParallelKwargs, set_seed  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from electra_wrap import process, vocab  # noqa: E402
-from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, StageFailed, UsageError, from_os  # noqa: E402
+from electra_wrap import vocab  # noqa: E402
+from electra_wrap.errors import EnvironmentLacks, UsageError, diverged  # noqa: E402
 from electra_wrap.native import checkpoints, engine, exchange, model  # noqa: E402
 from electra_wrap.native.batches import Batches, Masking  # noqa: E402
 from electra_wrap.native.examples import Store  # noqa: E402
 from electra_wrap.profile import NETWORKS, Profile  # noqa: E402
-from electra_wrap.rundir import finish  # noqa: E402
 
 #: Processes beside the trainer that prepare batches for a GPU. A CPU has no time to spare for them.
 WORKERS = 2
@@ -86,7 +90,8 @@ def train(directory: Path) -> bool:
             _report(accelerator, step, values, adam.param_groups[0]["lr"])
         stopped = stop.asked(accelerator, step)
         if step % keys.save_every == 0 or step == keys.steps or stopped:
-            _check(step, losses["loss"].item())
+            # A step whose gradients are not finite has made weights that are none either.
+            _check(step, losses["loss"].item(), norm.item())
             _save(accelerator, model_dir, step, keys.keep)
         if stopped:
             return False
@@ -126,7 +131,7 @@ def _compile(network: model.Electra, profile: Profile, accelerator: Accelerator)
 
 def _restore(accelerator: Accelerator, network: model.Electra, adam: Any, model_dir: Path) -> int:
     """Load the latest checkpoint, if there is one; return its step."""
-    start = engine.latest_step(model_dir) or 0
+    start = max(checkpoints.steps(model_dir), default=0)
     checkpoint = checkpoints.path(model_dir, start)
     if start and exchange.is_exchanged(checkpoint):
         exchange.load(checkpoint, network, adam.optimizer)
@@ -177,18 +182,15 @@ def _report(accelerator: Accelerator, step: int, values: dict[str, float], rate:
     """Print and log what a step gave. StageFailed if the loss is not finite."""
     if accelerator.is_main_process:
         print(json.dumps({"step": step, **values}), flush=True)
-    _check(step, values["loss"])
+    _check(step, values["loss"], values["gradient_norm"])
     names = {"generator": "loss/generator", "discriminator": "loss/discriminator"}
     scalars = {names.get(name, name): value for name, value in values.items()}
     accelerator.log({**scalars, "learning_rate": rate}, step=step)
 
 
-def _check(step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise StageFailed(
-            f"the loss at step {step} is {loss}; train anew, with --set model_name=NAME, and with a lower "
-            "train.learning_rate or a longer warm-up"
-        )
+def _check(step: int, loss: float, gradient_norm: float) -> None:
+    if not math.isfinite(loss + gradient_norm):
+        raise diverged(step, loss)
 
 
 class _Stop:
@@ -218,31 +220,24 @@ class _Stop:
 
 def _save(accelerator: Accelerator, model_dir: Path, step: int, keep: int) -> None:
     """Save a checkpoint and remove those beyond the `keep` latest (0: keep all)."""
-    path = checkpoints.path(model_dir, step)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = model_dir / f"step-{step}.partial"
     if accelerator.is_main_process:
-        for cut_short in model_dir.glob("step-*.partial"):
-            shutil.rmtree(cut_short)
+        partial.mkdir()  # an error if the model's directory is gone, with what it was mounted on, say
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(partial, path)
+        checkpoints.finish(partial, model_dir, step)
         for old in checkpoints.steps(model_dir)[: -keep if keep else 0]:
             shutil.rmtree(checkpoints.path(model_dir, old))
     accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(0 if train(Path(sys.argv[1])) else process.INTERRUPTED)
-    except torch.OutOfMemoryError as error:
-        failure: ElectraWrapError = EnvironmentLacks(
-            f"the GPU's memory is too small ({str(error).split('.')[0]}); raise train.micro_batches"
-        )
-    except OSError as error:
-        failure = from_os(error)
-    except ElectraWrapError as error:
-        failure = error
-    process.tell(failure)
-    sys.exit(1)
+    with process.telling():
+        try:
+            done = train(Path(sys.argv[1]))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(".")[0]
+            raise EnvironmentLacks(f"the GPU's memory is too small ({reason}); raise train.micro_batches") from None
+    sys.exit(0 if done else process.INTERRUPTED)

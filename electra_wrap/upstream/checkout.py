@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -16,11 +16,12 @@ import shutil
 import stat
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from electra_wrap import paths
+from electra_wrap import paths, process
 from electra_wrap.errors import EnvironmentLacks
+from electra_wrap.rundir import exclusive
 
 #: Seconds until a remote that does not answer counts as unreachable, and for a whole fetch.
 ANSWER_TIMEOUT, FETCH_TIMEOUT = 8, 600
@@ -63,11 +64,22 @@ def ensure(upstream: str | None = None) -> Path:
     """
     pin = Pin.read()
     pin.directory.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(pin.directory.parent / ".lock"):
+    with exclusive(pin.directory.parent / ".lock", wait=True):
         if not pin.directory.exists():
             _fetch(pin, upstream or pin.url)
         verify(pin.directory, pin.patched_tree)
     return pin.directory
+
+
+def look(upstream: str | None = None) -> str:
+    """Return where upstream is: here and verified, or within reach. EnvironmentLacks if it is neither."""
+    pin = Pin.read()
+    if pin.directory.exists():
+        verify(pin.directory, pin.patched_tree)
+        return f"verified, in {pin.directory}"
+    source = _source(upstream or pin.url)
+    _reach(_git(Path("/"), {}), source)
+    return f"within reach at {source}"
 
 
 def verify(directory: Path, tree: str) -> None:
@@ -92,6 +104,8 @@ def hash_tree(directory: Path) -> str:
             entries.append((path.name + "/", b"40000", hash_tree(path)))
         elif stat.S_ISLNK(mode):
             entries.append((path.name, b"120000", _object_id(b"blob", os.fsencode(path.readlink()))))
+        elif not stat.S_ISREG(mode):
+            raise EnvironmentLacks(f"{path} is no file; move the checkout away and run again")
         else:
             executable = mode & stat.S_IXUSR
             entries.append((path.name, b"100755" if executable else b"100644", _object_id(b"blob", path.read_bytes())))
@@ -106,47 +120,72 @@ def _object_id(kind: bytes, content: bytes) -> str:
     return hashlib.sha1(kind + b" %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _fetch(pin: Pin, source: str) -> None:
-    """Fetch, verify, patch and verify in a temporary directory, then move it into place."""
+def _source(source: str) -> str:
+    """What git is given for a URL or a path."""
+    local = Path(source).expanduser()
+    return str(local.resolve()) if local.exists() else source
+
+
+def _git(directory: Path, places: dict[str, Path]) -> Callable[..., str]:
+    """Return what runs git in a directory with these GIT_… variables."""
     try:
         import git  # its import runs git
     except ImportError:
         raise EnvironmentLacks("git is not installed; install it, for example apt-get install git") from None
+    repository = git.Git(directory)
+    end_with_us = functools.partial(process.die_with_parent, os.getpid())
+    repository.update_environment(**_GIT_ENVIRONMENT, **{k: str(v) for k, v in places.items()})
 
-    local = Path(source).expanduser()
-    if local.exists():
-        source = str(local.resolve())
+    def run(*arguments: str, timeout: float = FETCH_TIMEOUT) -> str:
+        try:
+            argv = ["git", *_GIT_OPTIONS, *arguments]
+            return str(repository.execute(argv, kill_after_timeout=timeout, preexec_fn=end_with_us))
+        except git.GitCommandError as error:
+            said = re.search(r"\b(?:fatal|error): (.+)", str(error.stderr or error))
+            raise _Failed(said[1].strip(" '") if said else "no answer") from None
+
+    return run
+
+
+class _Failed(EnvironmentLacks):
+    """git failed; its own last word on it. Where nothing better is known, that is what a user is told."""
+
+
+def _reach(run: Callable[..., str], source: str) -> None:
+    try:
+        run("ls-remote", "--", source, timeout=ANSWER_TIMEOUT)
+    except _Failed as error:
+        raise EnvironmentLacks(
+            f"google-research/electra cannot be reached at {source} ({error}); "
+            "with a local clone, mirror or bundle of it: --upstream PATH"
+        ) from None
+
+
+def _fetch(pin: Pin, source: str) -> None:
+    """Fetch, verify, patch and verify in a temporary directory, then move it into place."""
+    source = _source(source)
+    for left in pin.directory.parent.glob(".fetch-*"):  # by somebody who was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=pin.directory.parent, prefix=".fetch-") as temporary:
         work = Path(temporary) / "electra"
         work.mkdir()
-        repository = git.Git(work)
         # Named, so that a GIT_DIR of the caller's (in a git hook, say) does not lead elsewhere.
         places = {"GIT_DIR": work / ".git", "GIT_WORK_TREE": work, "GIT_INDEX_FILE": work / ".git" / "index"}
-        repository.update_environment(**_GIT_ENVIRONMENT, **{k: str(v) for k, v in places.items()})
-
-        def run(*arguments: str, timeout: float = FETCH_TIMEOUT) -> str:
-            return str(repository.execute(["git", *_GIT_OPTIONS, *arguments], kill_after_timeout=timeout))
-
-        try:
-            run("init", "--quiet", "--template=")
-            run("ls-remote", "--", source, timeout=ANSWER_TIMEOUT)
-        except git.GitCommandError as error:
-            raise EnvironmentLacks(
-                f"google-research/electra cannot be reached at {source} ({_reason(error)}); "
-                "with a local clone, mirror or bundle of it: --upstream PATH"
-            ) from None
+        run = _git(work, places)
+        run("init", "--quiet", "--template=")
+        _reach(run, source)
         try:
             run("fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
-        except git.GitCommandError:
+        except _Failed:
             # A bundle has no shallow history, and some servers give no commit by its id: take what they have.
-            with contextlib.suppress(git.GitCommandError):
+            with contextlib.suppress(_Failed):
                 run("fetch", "--quiet", "--no-tags", "--", source, "+refs/*:refs/upstream/*")
         try:
             run("checkout", "--quiet", "--detach", pin.commit)
             tree = run("rev-parse", "HEAD^{tree}")
-        except git.GitCommandError as error:
+        except _Failed as error:
             raise EnvironmentLacks(
-                f"{source} does not give commit {pin.commit[:12]} ({_reason(error)}); use a complete copy of {pin.url}"
+                f"{source} does not give commit {pin.commit[:12]} ({error}); use a complete copy of {pin.url}"
             ) from None
         if tree != pin.tree:
             raise EnvironmentLacks(
@@ -155,8 +194,8 @@ def _fetch(pin: Pin, source: str) -> None:
         for patch in sorted(paths.PATCHES.glob("*.patch")):
             try:
                 run("apply", "--unidiff-zero", "--whitespace=nowarn", str(patch))
-            except git.GitCommandError as error:
-                raise EnvironmentLacks(f"{patch.name} does not apply ({_reason(error)}); restore patches/") from None
+            except _Failed as error:
+                raise EnvironmentLacks(f"{patch.name} does not apply ({error}); restore patches/") from None
         shutil.rmtree(work / ".git")
         patched = hash_tree(work)
         if patched != pin.patched_tree:
@@ -165,16 +204,3 @@ def _fetch(pin: Pin, source: str) -> None:
                 "restore patches/ and vendor/"
             )
         work.rename(pin.directory)
-
-
-def _reason(error: Exception) -> str:
-    """git's own last word on a failure."""
-    said = re.search(r"\b(?:fatal|error): (.+)", str(getattr(error, "stderr", "") or error))
-    return said[1].strip(" '") if said else "no answer"
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,7 +17,7 @@ from electra_wrap import corpus, process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.native import engine as native
 from electra_wrap.profile import NETWORKS
-from electra_wrap.rundir import finish, link, write_json, write_text
+from electra_wrap.rundir import finish, link, remove, write_json, write_sums, write_text
 from electra_wrap.upstream import checkout
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_l
     script(run, "build_pretraining_dataset.py", arguments, {}, log, on_line)
 
 
+def bytes_per_token(vocab_size: int) -> float:
+    """Bytes that a token takes in the parts and in what is made of them, which is links or small."""
+    return 5.2
+
+
 def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
     """Fill `out` with the records of the parts of `text`: the same files, or where those are small, fewer."""
     wanted = record_files(sum(path.stat().st_size for path in text.iterdir()))
@@ -114,6 +119,11 @@ def train(run: Run, gpus: Sequence[str], on_step: Callable[[int, float], None]) 
         raise UsageError('--launch is for engine = "native"; the scripts know one process')
     keys, path = run.profile.train, run.directory / "hparams.json"
     write_json(path, run.hparams())
+    remove(run.model_dir / "checkpoint")  # TensorFlow's own list of what is there, which may be another by now
+    if found := steps(run.model_dir):
+        names = [f'all_model_checkpoint_paths: "model.ckpt-{step}"\n' for step in found]
+        text = f'model_checkpoint_path: "model.ckpt-{found[-1]}"\n{"".join(names)}'
+        write_text(run.model_dir / "checkpoint", text)
     xla = keys.compile is True
     environment = {
         # What the scripts have no argument for: estimator.py reads it.
@@ -135,16 +145,20 @@ def script(
     process.run(argv, cwd=source, env=process.environment(extra), log=log, on_line=on_line)
 
 
-def latest_step(model_dir: Path) -> int | None:
-    """Step of the latest checkpoint that upstream's `checkpoint` file names, if that is there."""
-    try:
-        text = (model_dir / "checkpoint").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    match = re.search(r'^model_checkpoint_path: ".*model\.ckpt-(\d+)"$', text, re.M)
-    if match is None or not (model_dir / f"model.ckpt-{match[1]}.index").is_file():
-        return None
-    return int(match[1])
+def steps(model_dir: Path) -> list[int]:
+    """Steps that have a checkpoint, in order."""
+    return sorted(int(m[1]) for p in model_dir.glob("model.ckpt-*") if (m := re.fullmatch(r".*-(\d+)\.index", p.name)))
+
+
+def sums(model_dir: Path, step: int) -> Path:
+    """The file that has the digests of a checkpoint's files (estimator.py writes it)."""
+    return model_dir / f"model.ckpt-{step}.sha256"
+
+
+def set_aside(run: Run, step: int) -> None:
+    """Give a checkpoint's files names that are no checkpoint's."""
+    for file in (*files(run.model_dir, step), sums(run.model_dir, step)):
+        run.directory.set_aside(file)
 
 
 def files(model_dir: Path, step: int) -> list[Path]:
@@ -173,4 +187,4 @@ def adopt(run: Run, step: int, exported: Path) -> None:
     process.call("electra_wrap.weights", job, log=run.log("train"))
     for file in files(made, step):
         finish(file, run.model_dir / file.name)
-    write_text(run.model_dir / "checkpoint", (made / "checkpoint").read_text(encoding="utf-8"))
+    write_sums(sums(run.model_dir, step), files(run.model_dir, step))

@@ -9,17 +9,24 @@ What the scripts have no argument for (seed, precision, XLA) comes from the envi
 
 from __future__ import annotations
 
-import collections
 import json
+import math
 import os
+import re
 import signal
 import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tensorflow.compat.v1 as tf
 
+from electra_wrap import process
+from electra_wrap.errors import EnvironmentLacks, StageFailed, diverged
 from electra_wrap.process import INTERRUPTED
+from electra_wrap.rundir import write_sums
+from electra_wrap.upstream import engine
 
 SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
@@ -36,17 +43,8 @@ class _TPU:
     class InputPipelineConfig:
         PER_HOST_V2 = 3
 
-    TPUConfig = collections.namedtuple(
-        "TPUConfig", ["iterations_per_loop", "num_shards", "tpu_job_name", "per_host_input_for_training"]
-    )
-    RunConfig = collections.namedtuple(
-        "RunConfig", ["cluster", "model_dir", "save_checkpoints_steps", "keep_checkpoint_max", "tpu_config"]
-    )
-    TPUEstimatorSpec = collections.namedtuple(
-        "TPUEstimatorSpec",
-        ["mode", "loss", "train_op", "training_hooks", "eval_metrics", "evaluation_hooks"],
-        defaults=(None, None, None, None),
-    )
+    #: Whatever the script names, it finds again.
+    TPUConfig = RunConfig = TPUEstimatorSpec = types.SimpleNamespace
 
     class TPUEstimator:
         """Trains and evaluates the model that `model_fn` builds."""
@@ -70,8 +68,21 @@ class _TPU:
             """Continue from the latest checkpoint of model_dir, if any, until the global step is `max_steps`.
 
             SIGINT and SIGTERM end training after the current step; like the regular end, that saves a
-            checkpoint, and the process then exits with `INTERRUPTED`.
+            checkpoint, and the process then exits with `INTERRUPTED`. What goes wrong is told (process.py).
             """
+            with process.telling():
+                try:
+                    self._train(input_fn, max_steps)
+                except tf.errors.OpError as error:
+                    if lacks := process.lacking(error.message):
+                        raise lacks from None
+                    if isinstance(error, tf.errors.ResourceExhaustedError):
+                        raise EnvironmentLacks("memory is too small; lower train.batch_size") from None
+                    # Of a page about the graph, what went wrong in which node.
+                    reason = re.search(r"^Node: (.*\n.*)", error.message, re.M)
+                    raise StageFailed(" ".join((reason[1] if reason else error.message).split())) from None
+
+        def _train(self, input_fn: Callable[..., Any], max_steps: int) -> None:
             config = self._config
             start = self._latest_step()
             if start >= max_steps:
@@ -81,27 +92,31 @@ class _TPU:
                 # first batches and the first masks again.
                 spec = self._build(ModeKeys.TRAIN, input_fn, self._runtime["seed"] + start)
                 tf.summary.scalar("loss", spec.loss)
-                stop = _StopOnSignal()
+                watch = _Watch(spec.loss)
                 saver = tf.train.Saver(
                     max_to_keep=config.keep_checkpoint_max or 0, save_relative_paths=True, defer_build=False
                 )
+                scaffold = tf.train.Scaffold(saver=saver)
+                save = tf.train.CheckpointSaverHook(
+                    config.model_dir,
+                    save_steps=config.save_checkpoints_steps,
+                    scaffold=scaffold,
+                    listeners=[_Sealed(config.model_dir)],
+                )
                 with tf.train.MonitoredTrainingSession(
                     checkpoint_dir=config.model_dir,
-                    scaffold=tf.train.Scaffold(saver=saver),
-                    hooks=[
-                        tf.train.NanTensorHook(spec.loss),
-                        tf.train.StopAtStepHook(last_step=max_steps),
-                        stop,
-                        *spec.training_hooks,
-                    ],
-                    save_checkpoint_steps=config.save_checkpoints_steps,
+                    scaffold=scaffold,
+                    hooks=[watch, tf.train.StopAtStepHook(last_step=max_steps), *spec.training_hooks],
+                    chief_only_hooks=[save],
+                    save_checkpoint_steps=None,
+                    save_checkpoint_secs=None,
                     save_summaries_steps=config.tpu_config.iterations_per_loop,
                     log_step_count_steps=config.tpu_config.iterations_per_loop,
                     config=self._session_config(),
                 ) as session:
                     while not session.should_stop():
                         session.run(spec.train_op)
-            if stop.signal is not None:
+            if watch.signal is not None:
                 sys.exit(INTERRUPTED)
 
         def evaluate(self, input_fn: Callable[..., Any], steps: int) -> dict[str, Any]:
@@ -155,9 +170,7 @@ class _TPU:
 
         def _latest_step(self) -> int:
             checkpoint = tf.train.latest_checkpoint(self._config.model_dir)
-            if checkpoint is None:
-                return 0
-            return int(tf.train.load_variable(checkpoint, "global_step"))
+            return int(tf.train.load_variable(checkpoint, "global_step")) if checkpoint else 0
 
         def _session_config(self) -> Any:
             tf.config.experimental.enable_tensor_float_32_execution(self._runtime.get("precision") == "tf32")
@@ -171,11 +184,34 @@ class _TPU:
 tpu = _TPU
 
 
-class _StopOnSignal(tf.train.SessionRunHook):  # type: ignore[misc]
-    """Requests a regular stop at SIGINT or SIGTERM, so that the session saves a checkpoint."""
+class _Sealed(tf.train.CheckpointSaverListener):  # type: ignore[misc]
+    """Keeps weights that are not finite from being saved, and writes down what a checkpoint's files are."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_dir: str) -> None:
+        self._model_dir = Path(model_dir)
+
+    def begin(self) -> None:
+        finite = [tf.reduce_all(tf.math.is_finite(variable)) for variable in tf.trainable_variables()]
+        self._finite = tf.reduce_all(tf.stack(finite))
+
+    def before_save(self, session: Any, global_step_value: int) -> None:
+        if not session.run(self._finite):
+            raise diverged(int(global_step_value), float("nan"))
+
+    def after_save(self, session: Any, global_step_value: int) -> None:
+        step = int(global_step_value)
+        write_sums(engine.sums(self._model_dir, step), engine.files(self._model_dir, step))
+        kept = {engine.sums(self._model_dir, step) for step in engine.steps(self._model_dir)}
+        for sums in set(self._model_dir.glob("model.ckpt-*.sha256")) - kept:
+            sums.unlink()
+
+
+class _Watch(tf.train.SessionRunHook):  # type: ignore[misc]
+    """Requests a regular stop at SIGINT or SIGTERM, so that the session saves a checkpoint; looks at every loss."""
+
+    def __init__(self, loss: Any) -> None:
         self.signal: int | None = None
+        self._loss = loss
 
     def begin(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -184,6 +220,12 @@ class _StopOnSignal(tf.train.SessionRunHook):  # type: ignore[misc]
     def _note(self, number: int, _frame: Any) -> None:
         self.signal = number
 
+    def before_run(self, run_context: Any) -> Any:
+        return tf.train.SessionRunArgs([self._loss, tf.train.get_global_step()])
+
     def after_run(self, run_context: Any, run_values: Any) -> None:
+        loss, step = run_values.results
+        if not math.isfinite(loss):
+            raise diverged(int(step) + 1, float(loss))  # it was read before it advanced
         if self.signal is not None:
             run_context.request_stop()

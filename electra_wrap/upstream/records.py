@@ -8,6 +8,7 @@ it imports ask for, and the memory of words. The records are the same, byte for 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -63,7 +64,7 @@ class Example:
         ids = [vocab["[CLS]"], *first, vocab["[SEP]"], *([*second, vocab["[SEP]"]] if second else [])]
         ones, zeros = len(ids), bytes(length - len(ids))
         self._bytes = _message(
-            _feature(b"input_ids", b"".join(map(_VARINTS.__getitem__, ids)) + zeros)
+            _feature(b"input_ids", b"".join(map(_varint, ids)) + zeros)
             + _feature(b"input_mask", b"\1" * ones + zeros)
             + _feature(b"segment_ids", bytes(len(first) + 2) + b"\1" * (ones - len(first) - 2) + zeros)
         )
@@ -72,6 +73,7 @@ class Example:
         return self._bytes
 
 
+@functools.cache
 def _varint(value: int) -> bytes:
     """Seven bits a byte, least first; the high bit says that more follow."""
     out = bytearray()
@@ -81,18 +83,9 @@ def _varint(value: int) -> bytes:
     return bytes((*out, value))
 
 
-class _Varints(dict[int, bytes]):
-    def __missing__(self, value: int) -> bytes:
-        self[value] = made = _varint(value)
-        return made
-
-
-_VARINTS = _Varints()
-
-
 def _message(content: bytes, field: int = 1) -> bytes:
     """A field that has a message, a string or packed numbers: its number and wire type 2, its length, it."""
-    return b"%c%b%b" % (field << 3 | 2, _VARINTS[len(content)], content)
+    return b"%c%b%b" % (field << 3 | 2, _varint(len(content)), content)
 
 
 def _feature(name: bytes, values: bytes) -> bytes:

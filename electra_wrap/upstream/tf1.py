@@ -33,24 +33,15 @@ class Layers:
         """
         width = int(inputs.shape[-1])
         with tf1.variable_scope(name, default_name="dense"):
-            kernel = tf1.get_variable(
-                "kernel", [width, units], initializer=kernel_initializer or tf1.glorot_uniform_initializer()
-            )
+            kernel = tf1.get_variable("kernel", [width, units], initializer=kernel_initializer)
             bias = tf1.get_variable("bias", [units], initializer=tf1.zeros_initializer())
-            shape = tf1.shape(inputs)
             # One matrix product whatever the rank; a batched product of rank 3 is slower and rounds differently.
-            flat = inputs if inputs.shape.ndims == 2 else tf1.reshape(inputs, [-1, width])
-            outputs = tf1.nn.bias_add(tf1.matmul(flat, kernel), bias)
-            if inputs.shape.ndims != 2:
-                outputs = tf1.reshape(outputs, tf1.concat([shape[:-1], [units]], 0))
-                outputs.set_shape(inputs.shape[:-1].concatenate(units))
+            outputs = tf1.nn.bias_add(tf1.tensordot(inputs, kernel, 1), bias)
             return outputs if activation is None else activation(outputs)
 
     @staticmethod
     def layer_norm(inputs: Any, begin_norm_axis: int, begin_params_axis: int, scope: str | None) -> Any:
         """Normalise the last axis as tf.contrib.layers.layer_norm does: epsilon 1e-12, variables `beta`, `gamma`."""
-        if (begin_norm_axis, begin_params_axis) != (-1, -1):
-            raise ValueError("only the last axis can be normalised")
         width = [int(inputs.shape[-1])]
         with tf1.variable_scope(scope, default_name="LayerNorm"):
             beta = tf1.get_variable("beta", width, initializer=tf1.zeros_initializer())

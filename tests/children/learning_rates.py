@@ -42,7 +42,7 @@ with tempfile.TemporaryDirectory() as directory:
         model_dir=directory,
         save_checkpoints_steps=100,
         keep_checkpoint_max=1,
-        tpu_config=tf.estimator.tpu.TPUConfig(100, 1, None, None),
+        tpu_config=tf.estimator.tpu.TPUConfig(iterations_per_loop=100),
     )
     estimator = tf.estimator.tpu.TPUEstimator(model_fn, config, train_batch_size=1, eval_batch_size=1)
     estimator.train(lambda params: tf1.data.Dataset.range(10), max_steps=5)

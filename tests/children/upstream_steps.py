@@ -91,13 +91,20 @@ def model_fn(batch, labels, mode, params):
     features.update(batch)
     spec = build(batch, labels, mode, params)
     tensors["loss"] = spec.loss
-    return spec._replace(training_hooks=[Record()])
+    spec.training_hooks = [Record()]
+    return spec
 
 
 tpu = tf.estimator.tpu
 estimator = tpu.TPUEstimator(
     model_fn,
-    tpu.RunConfig(None, config.model_dir, 1000, 5, tpu.TPUConfig(1000, 1, None, None)),
+    tpu.RunConfig(
+        cluster=None,
+        model_dir=config.model_dir,
+        save_checkpoints_steps=1000,
+        keep_checkpoint_max=5,
+        tpu_config=tpu.TPUConfig(iterations_per_loop=1000),
+    ),
     train_batch_size=config.train_batch_size,
     eval_batch_size=1,
 )
