@@ -187,6 +187,7 @@ class Train(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     save_every: Positive = 1000
     log_every: Positive = 100
+    evaluate_every: Positive | None = None
     keep: Annotated[int, Field(ge=0, lt=2**40)] = 5
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -215,6 +216,8 @@ class Profile(_Section):
     train: Train
 
     def wrong(self) -> Iterator[tuple[str, str]]:
+        if self.train.evaluate_every and not self.corpus.held_out:
+            yield "train.evaluate_every", "no text is held out to evaluate on; set corpus.held_out, for example 0.005"
         for key, allowed in (("micro_batches", (1,)), ("precision", ("auto", "float32", "tf32"))):
             if self.engine == "upstream" and getattr(self.train, key) not in allowed:
                 yield f"train.{key}", 'upstream\'s scripts have no such thing; set engine = "native", or remove it'
@@ -267,6 +270,14 @@ class Profile(_Section):
     def hf_config(self, network: Network, vocab_size: int) -> dict[str, Any]:
         """transformers' config.json of one network."""
         return hf_config(network, self.model.shape(network), vocab_size)
+
+    def flat(self) -> dict[str, Any]:
+        """All keys, dotted, and their values."""
+        return {
+            f"{name}.{key}" if isinstance(value, dict) else name: inner
+            for name, value in self.model_dump().items()
+            for key, inner in (value.items() if isinstance(value, dict) else [(name, value)])
+        }
 
     def parameters(self, network: Network, vocab_size: int) -> int:
         """About how many parameters a network has: its matrices, without biases (less than 1% of small)."""

@@ -31,7 +31,7 @@ class RunDir:
         self._read()
 
     def _read(self) -> None:
-        self.manifest: dict[str, Any] = {"stages": {}, "digests": {}}
+        self.manifest: dict[str, Any] = {"stages": {}, "digests": {}, "models": {}}
         there = [file for file in map(self.path.joinpath, MANIFESTS) if file.is_file()]
         for file in there:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -42,7 +42,7 @@ class RunDir:
                         kinds |= {"outputs": dict, "facts": dict}
                     if not all(isinstance(entry[key], kind) for key, kind in kinds.items()):
                         raise ValueError
-                self.manifest = {key: dict(read[key]) for key in self.manifest}
+                self.manifest = {key: dict(read.get(key, {})) for key in self.manifest}
                 return
         if there:
             raise UsageError(f"{there[0]} is damaged, and its copy too; restore one, or choose another --run-dir")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from electra_wrap import check, corpus, parts, process, sources, storage, vocab
+from electra_wrap import check, corpus, parts, process, sources, storage, training, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
@@ -31,9 +31,6 @@ _CONTINUABLE = (
     *("num_train_steps", "save_checkpoints_steps", "keep_checkpoint_max", "iterations_per_loop", "eval_batch_size"),
     *("max_seq_length", "do_lower_case"),
 )
-
-#: Steps after the warm-up by which the loss must have moved.
-PATIENCE = 1000
 
 #: What an attempt to train that was killed leaves of what it was writing.
 _CUT_SHORT = (
@@ -59,9 +56,10 @@ class Run:
         """The module that trains: upstream/engine.py or native/engine.py."""
         return engine(self.profile.engine)
 
-    def checkpoint(self) -> tuple[int, Any] | None:
-        """Step of the latest checkpoint that is whole and the engine that made it, if there is one."""
+    def checkpoint(self, wanted: int | None = None) -> tuple[int, Any] | None:
+        """Step of the latest checkpoint that is whole, or of the `wanted` one, and the engine that made it, if any."""
         found = [(step, one) for one in map(engine, ENGINES) for step in one.steps(self.model_dir)]
+        found = [(step, one) for step, one in found if wanted in (None, step)]
         latest_first = sorted(found, key=lambda pair: (pair[0], pair[1] is self.engine), reverse=True)
         return next(((step, one) for step, one in latest_first if self.whole(step, one)), None)
 
@@ -82,6 +80,12 @@ class Run:
     @property
     def model_dir(self) -> Path:
         return self.directory / "models" / self.profile.model_name
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the manifest says of the model as such."""
+        models: dict[str, dict[str, Any]] = self.directory.manifest["models"]
+        return models.setdefault(self.profile.model_name, {})
 
     def log(self, stage: str) -> Path:
         return self.directory / "logs" / f"{stage}.log"
@@ -239,7 +243,7 @@ def _data(run: Run) -> dict[str, Any]:
             remove(run.directory / name)
         with partial(held_out) as empty, partial(training) as taken:
             empty.mkdir()
-            number = run.engine.take(run, run.directory / "corpus", taken)
+            number, held_out_number = run.engine.take(run, run.directory / "corpus", taken), 0
     else:
         for name in _parts_names(run):
             if changed := _other_settings(run, run.directory / name):
@@ -247,13 +251,13 @@ def _data(run: Run) -> dict[str, Any]:
                 say(f"{run.engine.DATA}: {name} has parts of other settings ({changed}); they are now {aside}")
         _build_parts(run, 0, 1)
         number = _join(run, run.directory / "corpus", training)
-        _join(run, run.directory / "heldout", held_out)
+        held_out_number = _join(run, run.directory / "heldout", held_out)
     keys = run.profile.train
     epochs = keys.steps * keys.batch_size / max(1, number)
     say(f"{run.engine.DATA}: {number:,} examples; {keys.steps:,} steps are {epochs:.2g} epochs")
     if not number:
         raise UsageError("the corpus gives no example; give more text")
-    return {"examples": number}
+    return {"examples": number, "held_out_examples": held_out_number}
 
 
 def _has_records(run: Run) -> bool:
@@ -345,26 +349,18 @@ def _train_inputs(run: Run) -> dict[str, Any]:
 
 def _train(run: Run) -> dict[str, Any]:
     keys = run.profile.train
-    gpus = choose_device(run)
+    if keys.evaluate_every and not _held_out(run):
+        raise UsageError("train.evaluate_every: no text was held out; raise corpus.held_out or give more documents")
+    gpus = choose_device(run, "train")
     start = _continue(run)
-    losses: list[float] = []
-    # Of networks that guess: the generator among all words, the discriminator, which counts 50 times, between two.
-    untrained = math.log(len(vocab.read(run.vocabulary))) + 50 * math.log(2)
     began = time.monotonic()
-    with Meter("train", keys.steps, "steps", start) as meter:
-
-        def step(number: int, loss: float) -> None:
-            losses[:] = [min(losses[0] if losses else loss, loss), loss]  # the lowest and the last
-            meter.update(number, f"loss {loss:.4f}")
-            if not start and number >= keys.warmup_steps + PATIENCE and losses[0] > 0.95 * untrained:
-                raise StageFailed(
-                    f"the loss is {loss:.2f} at step {number:,}, as before training ({untrained:.2f}): it does not "
-                    f"move; look at train.learning_rate = {keys.learning_rate} and at the text, and train another "
-                    "model_name"
-                )
-
+    if not start:
+        training.forget(run)
+    elif keys.evaluate_every and start % keys.evaluate_every == 0 and str(start) not in training.evaluations(run):
+        training.evaluate(run, start, run.engine, gpus)  # for which a killed attempt had no time
+    with training.Monitor(run, start, gpus) as monitor:
         try:
-            run.engine.train(run, gpus, step)
+            run.engine.train(run, gpus, monitor)
         except Interrupted:
             saved = f"step {run.step:,} is saved, the same command resumes there" if run.step else "begin it again"
             raise Interrupted(f"interrupted; {saved}") from None
@@ -375,7 +371,7 @@ def _train(run: Run) -> dict[str, Any]:
         "device": gpus or "cpu",
         "from_step": start,
         "step": run.step,
-        "final_loss": losses[-1] if losses else None,
+        "final_loss": None if math.isnan(monitor.loss) else monitor.loss,
         "seconds_training": round(time.monotonic() - began, 1),
     }
 
@@ -402,26 +398,53 @@ def _continue(run: Run) -> int:
     return step
 
 
-def choose_device(run: Run) -> list[str]:
-    """Return the GPUs to train on; none means the CPU. EnvironmentLacks if the profile wants one and none is seen."""
+def choose_device(run: Run, stage: str) -> list[str]:
+    """Return the GPUs for a stage; none means the CPU. EnvironmentLacks if the profile wants one and none is seen."""
     wanted = run.profile.train.device
     gpus: list[str] = [] if wanted == "cpu" else process.call(run.engine.GPUS, {})
     if gpus:
-        say(f"train: on {len(gpus)} × {gpus[0]}" if len(gpus) > 1 else f"train: on {gpus[0]}")
+        say(f"{stage}: on {len(gpus)} × {gpus[0]}" if len(gpus) > 1 else f"{stage}: on {gpus[0]}")
         return gpus
     if wanted == "gpu":
         raise EnvironmentLacks(
             f'train.device = "gpu", but {run.engine.NO_GPU} (check with nvidia-smi), or --set train.device=cpu'
         )
-    say("train: on the CPU")
+    say(f"{stage}: on the CPU")
     return []
 
 
-def _convert_inputs(run: Run) -> dict[str, Any]:
+def _checkpoint_inputs(run: Run) -> dict[str, Any]:
     found = run.checkpoint()
     files = found[1].files(run.model_dir, found[0]) if found else []
+    return {f"checkpoint {path.relative_to(run.model_dir)}": run.directory.digest(path) for path in files}
+
+
+def _evaluate_inputs(run: Run) -> dict[str, Any]:
+    keys = run.profile.train
+    held_out = run.digest(run.engine.OUTPUTS[1])
     return {
-        **{f"checkpoint {path.relative_to(run.model_dir)}": run.directory.digest(path) for path in files},
+        **_checkpoint_inputs(run),
+        **{"held-out examples": held_out, "train.batch_size": keys.batch_size, "train.seed": keys.seed},
+    }
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    if not _held_out(run):
+        say("evaluate: no text was held out; raise corpus.held_out or give more documents")
+        return {}
+    step, made_by = run.checkpoint() or (0, run.engine)
+    gpus = choose_device(run, "evaluate")
+    return {"step": step, **training.evaluate(run, step, made_by, gpus)}
+
+
+def _held_out(run: Run) -> int:
+    """Number of held-out examples."""
+    return int(run.recorded(run.engine.DATA).get("facts", {}).get("held_out_examples", 0))
+
+
+def _convert_inputs(run: Run) -> dict[str, Any]:
+    return {
+        **_checkpoint_inputs(run),
         "vocabulary": run.digest("vocab.txt"),
         "tokenizer.lowercase": run.profile.tokenizer.lowercase,
         "tokenizer.strip_accents": run.profile.tokenizer.strip_accents,
@@ -473,12 +496,13 @@ def _check(run: Run) -> dict[str, Any]:
 
 def stages(run: Run) -> list[Stage]:
     """The stages of a run, in order."""
-    chosen = run.engine
+    chosen, evaluated = run.engine, run.profile.corpus.held_out > 0
     return [
         Stage("corpus", _corpus_inputs, ("corpus", "heldout"), _corpus, scratch=("corpus.partial",)),
         Stage("vocab", _vocab_inputs, ("vocab.txt",), _vocab, ("tokenizers",)),
         Stage(chosen.DATA, _data_inputs, chosen.OUTPUTS, _data, chosen.PACKAGES[chosen.DATA], _parts_names(run)),
         Stage("train", _train_inputs, (), _train, chosen.PACKAGES["train"]),
+        *([Stage("evaluate", _evaluate_inputs, (), _evaluate, chosen.PACKAGES["train"])] if evaluated else []),
         Stage("convert", _convert_inputs, ("hf",), _convert, chosen.PACKAGES["convert"]),
         Stage("check", lambda run: {"hf": run.digest("hf")}, (), _check, ("transformers", "torch")),
     ]
@@ -617,7 +641,7 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
         if names & {run.engine.DATA, "train"}:
             run.engine.prepare(run)
         if "train" in names and run.profile.train.device == "gpu":
-            choose_device(run)
+            choose_device(run, "train")
         (run.directory / "logs").mkdir(exist_ok=True)
         write_json(run.directory / "profile.json", run.profile.model_dump())
         done = 0

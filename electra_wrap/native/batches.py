@@ -72,7 +72,7 @@ def _random(seed: int, number: int) -> np.random.Generator:
 class Batches:
     """Micro-batches by number, for one process of several: number = step × `micro_batches` + micro-batch.
 
-    Examples come in an order that is shuffled over the whole store, anew in each epoch.
+    Examples come in an order that is shuffled over the whole store, anew in each epoch, or else as they are.
     """
 
     def __init__(
@@ -86,16 +86,19 @@ class Batches:
         micro_batches: int = 1,
         processes: int = 1,
         process: int = 0,
+        shuffled: bool = True,
     ) -> None:
         self._store, self._masking, self._length, self._seed = store, masking, length, seed
         self._batch_size, self._micro_batches = batch_size, micro_batches
         self._rows = batch_size // (micro_batches * processes)
-        self._processes, self._process = processes, process
+        self._processes, self._process, self._shuffled = processes, process, shuffled
 
     def examples(self, step: int) -> np.ndarray:
         """Numbers of the examples in the batch of a step: [batch_size]."""
         places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
         epochs, places = np.divmod(places, len(self._store))
+        if not self._shuffled:
+            return places
         orders = [_order(self._seed, epoch, len(self._store))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(orders).astype(np.int64)
 

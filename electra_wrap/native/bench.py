@@ -91,9 +91,9 @@ def _make_text(directory: Path, size: int, tokens: int) -> None:
 def _measure(run: stages.Run) -> dict[str, Any]:
     keys = run.profile.train
     stages.execute(run, run.engine.DATA)
-    gpus = stages.choose_device(run)
+    gpus = stages.choose_device(run, "bench")
     times: list[tuple[int, float]] = []
-    run.engine.train(run, gpus, lambda step, loss: times.append((step, time.perf_counter())))
+    run.engine.train(run, gpus, lambda told: times.append((told["step"], time.perf_counter())))
     used = times[len(times) // 3 :]
     speed = statistics.median(
         (step - before) / (now - then) for (before, then), (step, now) in itertools.pairwise(used)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import process, vocab
+from electra_wrap import metrics, process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.profile import NETWORKS
@@ -88,8 +88,12 @@ def take(run: Run, records: Path, out: Path | None) -> int:
     return int(process.call("electra_wrap.native.records", job, log=run.log(DATA)))
 
 
-def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> None:
-    """Train until the profile's last step, with a process for each GPU or as `run.launch` says."""
+def train(run: Run, gpus: list[str], on_scalars: Callable[[dict[str, Any]], None]) -> None:
+    """Train until the profile's last step, with a process for each GPU or as `run.launch` says.
+
+    `on_scalars` gets what each logged step gave, with its `step`, and each evaluation's metrics, with the step that
+    was `evaluated`.
+    """
     launcher = [sys.executable, "-s"]
     if run.launch:
         try:
@@ -102,13 +106,17 @@ def train(run: Run, gpus: list[str], on_step: Callable[[int, float], None]) -> N
         patience = f"--shutdown-timeout={process.GRACE}"  # torchrun's own is 30 s, which a checkpoint may take
         launcher += ["-m", "torch.distributed.run", "--standalone", patience, f"--nproc-per-node={len(gpus)}"]
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
+    _trainer(argv, run.log("train"), on_scalars)
 
-    def read(line: str) -> None:
-        if line.startswith('{"step"'):
-            said, _ = json.JSONDecoder().raw_decode(line)  # another process may have ended the line
-            on_step(said["step"], said["loss"])
 
-    process.run(argv, cwd=Path("/"), env=process.environment({}), log=run.log("train"), on_line=read)
+def evaluate(run: Run, gpus: list[str], step: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
+    """Evaluate a checkpoint on the held-out examples, as `train` does on its way."""
+    argv = [sys.executable, "-s", "-m", "electra_wrap.native.train", str(run.directory.path), str(step)]
+    _trainer(argv, run.log("evaluate"), on_scalars)
+
+
+def _trainer(argv: list[str], log: Path, on_scalars: Callable[[dict[str, Any]], None]) -> None:
+    process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=metrics.follow(on_scalars))
 
 
 def files(model_dir: Path, step: int) -> list[Path]:

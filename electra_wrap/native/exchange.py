@@ -45,6 +45,15 @@ def load(checkpoint: Path, network: model.Electra, adam: torch.optim.Optimizer |
                     adam.state[parameter][state].copy_(values[key])
 
 
+def restore(checkpoint: Path, network: model.Electra, adam: torch.optim.Optimizer | None) -> None:
+    """Put a checkpoint, exchanged or of this engine, into a model, and into the optimizer if that is given."""
+    if is_exchanged(checkpoint):
+        return load(checkpoint, network, adam)
+    load_model(network, checkpoint / "model.safetensors")
+    if adam is not None:
+        adam.load_state_dict(torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True))
+
+
 def save(out: Path, network: model.Electra, adam: torch.optim.Optimizer | None) -> None:
     """Write the exchange directory `out` of a model, with its optimizer's slots if that is given."""
     for name, parameters in _parameters(network):
@@ -61,12 +70,7 @@ def export(checkpoint: str, configs: dict[Network, dict[str, Any]], out: str, sl
     """Write the exchange directory `out` from a native checkpoint of networks of these configurations."""
     network = model.Electra(configs)
     adam = model.optimizer(network, 0.0) if slots else None
-    if is_exchanged(Path(checkpoint)):
-        load(Path(checkpoint), network, adam)
-    else:
-        load_model(network, Path(checkpoint) / "model.safetensors")
-        if adam is not None:
-            adam.load_state_dict(torch.load(Path(checkpoint) / "optimizer.bin", map_location="cpu", weights_only=True))
+    restore(Path(checkpoint), network, adam)
     save(Path(out), network, adam)
 
 

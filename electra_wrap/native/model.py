@@ -65,7 +65,8 @@ class Electra(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this part's losses, `loss` (their weighted sum), `generator` and `discriminator`, for a batch.
 
-        `batch` is what `Batches` gives, as tensors.
+        `batch` is what `Batches` gives, as tensors. What `metrics.Tally` wants of both networks comes with them,
+        under its names.
         """
         ids = batch["ids"]
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -79,9 +80,10 @@ class Electra(nn.Module):
         weights = batch["weights"].flatten() / (batch["chosen"] + 1e-6)
         labels = ids.gather(1, batch["positions"]).flatten()
         bias = self.generator.generator_lm_head.bias
-        generator, sampled = masked_lm(head, self.words, bias, labels, weights, batch["draws"].flatten())
+        generator, *of_each = masked_lm(head, self.words, bias, labels, weights, batch["draws"].flatten())
+        sampled, masked_losses, right = (value.view_as(batch["positions"]) for value in of_each)
 
-        corrupted, replaced = corrupt(ids, batch["positions"], sampled.view_as(batch["positions"]))
+        corrupted, replaced = corrupt(ids, batch["positions"], sampled)
         hidden = self.discriminator.electra(corrupted, attended, segments).last_hidden_state
         logits = self.discriminator.discriminator_predictions(hidden).float()
         losses = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
@@ -90,6 +92,11 @@ class Electra(nn.Module):
             "loss": GENERATOR_WEIGHT * generator + DISCRIMINATOR_WEIGHT * discriminator,
             "generator": generator.detach(),
             "discriminator": discriminator.detach(),
+            "right": right,
+            "sampled": sampled == ids.gather(1, batch["positions"]),
+            "masked_losses": masked_losses,
+            "logits": logits.detach(),
+            "replaced": replaced,
         }
 
 
@@ -108,19 +115,21 @@ def corrupt(ids: Tensor, positions: Tensor, sampled: Tensor) -> tuple[Tensor, Te
 
 def masked_lm(
     hidden: Tensor, words: Tensor, bias: Tensor, labels: Tensor, weights: Tensor, draws: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the cross entropies of softmax(hidden @ words.T + bias), and a sample of each row.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weighted sum of the cross entropies of softmax(hidden @ words.T + bias), and of each row a sample.
 
     hidden [n, embedding_size], words [vocab_size, embedding_size], bias [vocab_size]; labels, weights and draws [n].
     The samples, [n], are the inverse of the distribution function at `draws`, which are uniform in [0, 1). Upstream
     adds Gumbel noise and takes the largest: the same distribution, for a random number per word and row instead of
-    one per row. Products are in autocast's type; the rest is in float32.
+    one per row. With each row's sample come its cross entropy and whether its label is the likeliest word. Products
+    are in autocast's type; the rest is in float32.
     """
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     with torch.autocast(kind, enabled=False):
-        loss, sampled = _MaskedLM.apply(hidden.float(), words, bias, labels, weights, draws, compute)
-    return loss, sampled
+        found: tuple[Tensor, Tensor, Tensor, Tensor]
+        found = _MaskedLM.apply(hidden.float(), words, bias, labels, weights, draws, compute)
+    return found
 
 
 class _MaskedLM(torch.autograd.Function):
@@ -136,10 +145,11 @@ class _MaskedLM(torch.autograd.Function):
         weights: Tensor,
         draws: Tensor,
         compute: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table = words.to(compute)
         d_hidden, d_words, d_bias = torch.empty_like(hidden), torch.zeros_like(table), torch.zeros_like(bias)
         loss, sampled = hidden.new_zeros(()), torch.empty_like(labels)
+        losses, right = torch.empty_like(weights), torch.empty_like(labels, dtype=torch.bool)
         rows = min(len(hidden), max(1, MOST_LOGITS[hidden.device.type] // len(words)))
         products = table.new_empty(rows, len(words))
         for i in range(0, len(hidden), rows):
@@ -150,7 +160,9 @@ class _MaskedLM(torch.autograd.Function):
             of_label = logits.gather(1, label)
             powers = logits.sub_(top).exp_()
             total, sampled[part] = _total_and_sample(powers, draws[part, None])
-            loss += (weight * (total.log() + top - of_label)).sum()
+            loss_of_each = total.log() + top - of_label
+            loss += (weight * loss_of_each).sum()
+            losses[part], right[part] = loss_of_each.squeeze(1), (of_label == top).squeeze(1)
             if torch.compiler.is_compiling():  # one pass; a scatter would write the whole matrix in float32 first
                 of_words = torch.arange(len(words), device=words.device) == label
                 gradient = powers * (weight / total) - torch.where(of_words, weight, 0.0)
@@ -161,11 +173,11 @@ class _MaskedLM(torch.autograd.Function):
             d_hidden[part] = gradient @ table
             d_words.addmm_(gradient.T, inputs)
         ctx.save_for_backward(d_hidden, d_words, d_bias)
-        ctx.mark_non_differentiable(sampled)
-        return loss, sampled
+        ctx.mark_non_differentiable(sampled, losses, right)
+        return loss, sampled, losses, right
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_words, d_bias = ctx.saved_tensors
         return upstream * d_hidden, upstream * d_words.float(), upstream * d_bias, None, None, None, None
 

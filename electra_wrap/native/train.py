@@ -1,7 +1,8 @@
 """Training, as a module of its own process or of several: `python -m electra_wrap.native.train RUN_DIR`.
 
 On one machine `run` starts it, with a process for each GPU. On several machines `torchrun … -m
-electra_wrap.native.train RUN_DIR` does, in a run directory that all of them see. What it prints are lines of JSON.
+electra_wrap.native.train RUN_DIR` does, in a run directory that all of them see. With a step behind it, that
+checkpoint is evaluated instead. What it prints are lines of JSON.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 import shutil
 import signal
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,21 @@ from electra_wrap import process
 if __name__ == "__main__":
     process.die_with_command()  # before imports that take seconds
 
-# TensorBoard's writer imports TensorFlow if it is there, unless this module is; the two abort in one process.
-sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch.utils.data import DataLoader
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import DistributedDataParallelKwargs, set_seed  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from electra_wrap import metrics, vocab
+from electra_wrap.errors import EnvironmentLacks, UsageError, diverged
+from electra_wrap.native import checkpoints, engine, exchange, model
+from electra_wrap.native.batches import Batches, Masking
+from electra_wrap.native.examples import Store
+from electra_wrap.profile import NETWORKS, Profile
 
-from electra_wrap import vocab  # noqa: E402
-from electra_wrap.errors import EnvironmentLacks, UsageError, diverged  # noqa: E402
-from electra_wrap.native import checkpoints, engine, exchange, model  # noqa: E402
-from electra_wrap.native.batches import Batches, Masking  # noqa: E402
-from electra_wrap.native.examples import Store  # noqa: E402
-from electra_wrap.profile import NETWORKS, Profile  # noqa: E402
+#: The losses of a batch, under TensorBoard's names.
+LOSSES = {"loss": "loss/total", "generator": "loss/generator", "discriminator": "loss/discriminator"}
 
 #: Processes beside the trainer that prepare batches for a GPU. A CPU has no time to spare for them.
 WORKERS = 2
@@ -44,12 +45,13 @@ WORKERS = 2
 def train(directory: Path) -> bool:
     """Train the run's model from its latest checkpoint to the last step; return False if a signal ended it before.
 
-    Each `log_every` steps a line with step and losses is printed; they are those of the whole batch, like upstream's.
+    Each `log_every` steps a line with the scalars of that step's whole batch is printed, and each `evaluate_every`
+    steps but the last one with the metrics of the held-out text.
     """
-    profile = Profile.model_validate_json((directory / "profile.json").read_text(encoding="utf-8"))
+    profile = _profile(directory)
     keys, model_dir = profile.train, directory / "models" / profile.model_name
     stop = _Stop()
-    accelerator = _accelerator(profile, model_dir)
+    accelerator = _accelerator(profile)
     share = accelerator.num_processes * keys.micro_batches
     if keys.batch_size % share:
         raise UsageError(
@@ -63,43 +65,119 @@ def train(directory: Path) -> bool:
     _compile(network, profile, accelerator)
     prepared, adam = accelerator.prepare(network, model.optimizer(network, keys.weight_decay))
     start = _restore(accelerator, network, adam, model_dir)
-    # What an interrupted run logged after its last checkpoint is logged again.
-    accelerator.init_trackers(model_dir.name, init_kwargs={"tensorboard": {"purge_step": start + 1}})
     batches = _batches(profile, directory, tokens, accelerator, start)
     prepared.train()
     parameters = list(network.parameters())
     for step in range(start + 1, keys.steps + 1):
         for group in adam.param_groups:
             group["lr"] = model.learning_rate(step - 1, keys.learning_rate, keys.steps, keys.warmup_steps)
-        parts = []
+        parts, tally = [], metrics.Tally()
         for _ in range(keys.micro_batches):
             batch = _to(accelerator.device, next(batches))
             with accelerator.accumulate(prepared):
-                losses = prepared(batch)
+                found = prepared(batch)
                 # Losses are sums over this part; the mean that DDP and accelerate take of the parts is not wanted.
-                accelerator.backward(losses["loss"] * share)
+                accelerator.backward(found["loss"] * share)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, 1.0)
                 adam.step()
                 adam.zero_grad()
             if step % keys.log_every == 0:
-                parts.append(torch.stack([value.detach() for value in losses.values()]))
+                parts.append(torch.stack([found[name].detach() for name in LOSSES]))
+                _count(tally, batch, found)
         if parts:
-            summed = accelerator.reduce(torch.stack(parts).sum(0), "sum").tolist()
-            values = {**dict(zip(losses, summed, strict=True)), "gradient_norm": norm.item()}
-            _report(accelerator, step, values, adam.param_groups[0]["lr"])
+            optimizing = {"train/learning_rate": adam.param_groups[0]["lr"], "train/gradient_norm": norm.item()}
+            values = _scalars(accelerator, tally, torch.stack(parts).sum(0))
+            del values["generator/sampled_accuracy"]  # which upstream counts when it evaluates
+            _report(accelerator, step, {**values, **optimizing, "memory/gigabytes": _memory(accelerator)})
         stopped = stop.asked(accelerator, step)
-        if step % keys.save_every == 0 or step == keys.steps or stopped:
+        evaluated = step % (keys.evaluate_every or keys.steps) == 0 and step < keys.steps
+        if step % keys.save_every == 0 or evaluated or step == keys.steps or stopped:
             # A step whose gradients are not finite has made weights that are none either.
-            _check(step, losses["loss"].item(), norm.item())
+            _check(step, found["loss"].item(), norm.item())
             _save(accelerator, model_dir, step, keys.keep)
         if stopped:
             return False
-    accelerator.end_training()
+        if evaluated:
+            _evaluate(profile, directory, tokens, accelerator, prepared, step)
     return True
 
 
-def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
+def evaluate(directory: Path, step: int) -> bool:
+    """Evaluate the checkpoint of a step on the held-out examples: print a line with the metrics, and return True."""
+    profile, tokens = _profile(directory), vocab.read(directory / "vocab.txt")
+    accelerator = _accelerator(profile)
+    network = model.Electra({name: profile.hf_config(name, len(tokens)) for name in NETWORKS})
+    exchange.restore(checkpoints.path(directory / "models" / profile.model_name, step), network, None)
+    _evaluate(profile, directory, tokens, accelerator, accelerator.prepare(network), step)
+    return True
+
+
+@torch.no_grad()
+def _evaluate(
+    profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, prepared: Any, step: int
+) -> None:
+    """Evaluate on the held-out examples, each once and with the same masks and samples at each step."""
+    keys = profile.train
+    store = Store(directory / engine.OUTPUTS[1])
+    share = accelerator.num_processes * keys.micro_batches
+    size = min(keys.batch_size, len(store) // share * share)
+    if not size:
+        raise UsageError(
+            f"the held-out text gives {len(store)} examples, fewer than {share} processes × micro-batches; hold out "
+            "more, or set train.micro_batches=1"
+        )
+    batches = _divided(profile, store, tokens, accelerator, size, shuffled=False)
+    tally, totals = metrics.Tally(), torch.zeros(len(LOSSES), device=accelerator.device)
+    number = len(store) // size
+    prepared.eval()
+    for place in range(number * keys.micro_batches):
+        batch = _to(accelerator.device, batches[place])
+        found = prepared(batch)
+        totals += torch.stack([found[name] for name in LOSSES])
+        _count(tally, batch, found)
+    prepared.train()
+    values = _scalars(accelerator, tally, totals / number)
+    # As upstream has it: the total is a mean over batches, the other two over masked tokens and over examples.
+    values |= {name: tally.values()[name] for name in ("loss/generator", "loss/discriminator")}
+    if accelerator.is_main_process:
+        print(json.dumps({"evaluated": step, "examples": number * size, **values}), flush=True)
+
+
+def _count(tally: metrics.Tally, batch: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Add what the networks made of this process's part of a batch."""
+    right, sampled, losses, weights, logits, replaced, sizes = (
+        value.cpu().numpy()
+        for value in (
+            *(found[name] for name in ("right", "sampled", "masked_losses")),
+            *(batch["weights"], found["logits"], found["replaced"], batch["sizes"]),
+        )
+    )
+    tally.add_generator(right, sampled, losses, weights)
+    tally.add_discriminator(logits, replaced, np.arange(logits.shape[1]) < sizes[:, None])
+
+
+def _scalars(accelerator: Accelerator, tally: metrics.Tally, losses: torch.Tensor) -> dict[str, float]:
+    """Add up what the processes counted, in `tally` too; return the metrics, with the batches' losses."""
+    if accelerator.num_processes > 1:
+        sums = torch.from_numpy(tally.sums).to(accelerator.device)
+        tally.sums = accelerator.reduce(sums, "sum").cpu().numpy()
+        losses = accelerator.reduce(losses, "sum")
+    return {**tally.values(), **dict(zip(LOSSES.values(), losses.tolist(), strict=True))}
+
+
+def _memory(accelerator: Accelerator) -> float:
+    """The most memory that this process has had, in GB: the GPU's, or on a CPU its own."""
+    if accelerator.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated()) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _profile(directory: Path) -> Profile:
+    return Profile.model_validate_json((directory / "profile.json").read_text(encoding="utf-8"))
+
+
+def _accelerator(profile: Profile) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it wonders at embeddings that two networks share
     keys = profile.train
     gpu = keys.device != "cpu" and torch.cuda.is_available()
@@ -113,8 +191,6 @@ def _accelerator(profile: Profile, model_dir: Path) -> Accelerator:
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         gradient_accumulation_steps=keys.micro_batches,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
-        log_with="tensorboard",
-        project_dir=str(model_dir.parent),
     )
 
 
@@ -143,17 +219,8 @@ def _restore(accelerator: Accelerator, network: model.Electra, adam: Any, model_
 
 def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, start: int) -> Any:
     """Return an iterator over this process's micro-batches of the steps after `start`."""
-    keys, ids = profile.train, {token: number for number, token in enumerate(tokens)}
-    batches = Batches(
-        Store(directory / "examples"),
-        Masking(profile.model.mask_prob, ids["[MASK]"], (ids["[SEP]"], ids["[CLS]"])),
-        length=profile.model.max_seq_length,
-        batch_size=keys.batch_size,
-        seed=keys.seed,
-        micro_batches=keys.micro_batches,
-        processes=accelerator.num_processes,
-        process=accelerator.process_index,
-    )
+    keys, store = profile.train, Store(directory / engine.OUTPUTS[0])
+    batches = _divided(profile, store, tokens, accelerator, keys.batch_size, shuffled=True)
     numbers = range(start * keys.micro_batches, keys.steps * keys.micro_batches)
     gpu = accelerator.device.type == "cuda"
     more = {"num_workers": WORKERS, "prefetch_factor": 8, "worker_init_fn": _ignore_signals} if gpu else {}
@@ -161,6 +228,24 @@ def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: 
     # because it takes a number of the global one, which dropout needs undisturbed.
     return iter(
         DataLoader(batches, None, sampler=numbers, collate_fn=lambda batch: batch, generator=torch.Generator(), **more)
+    )
+
+
+def _divided(
+    profile: Profile, store: Store, tokens: list[str], accelerator: Accelerator, batch_size: int, shuffled: bool
+) -> Batches:
+    """The batches of a store, of which this process has its part."""
+    ids = {token: number for number, token in enumerate(tokens)}
+    return Batches(
+        store,
+        Masking(profile.model.mask_prob, ids["[MASK]"], (ids["[SEP]"], ids["[CLS]"])),
+        length=profile.model.max_seq_length,
+        batch_size=batch_size,
+        seed=profile.train.seed,
+        micro_batches=profile.train.micro_batches,
+        processes=accelerator.num_processes,
+        process=accelerator.process_index,
+        shuffled=shuffled,
     )
 
 
@@ -178,14 +263,11 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _report(accelerator: Accelerator, step: int, values: dict[str, float], rate: float) -> None:
-    """Print and log what a step gave. StageFailed if the loss is not finite."""
+def _report(accelerator: Accelerator, step: int, values: dict[str, float]) -> None:
+    """Print what a step gave. StageFailed if the loss is not finite."""
     if accelerator.is_main_process:
         print(json.dumps({"step": step, **values}), flush=True)
-    _check(step, values["loss"], values["gradient_norm"])
-    names = {"generator": "loss/generator", "discriminator": "loss/discriminator"}
-    scalars = {names.get(name, name): value for name, value in values.items()}
-    accelerator.log({**scalars, "learning_rate": rate}, step=step)
+    _check(step, values["loss/total"], values["train/gradient_norm"])
 
 
 def _check(step: int, loss: float, gradient_norm: float) -> None:
@@ -236,7 +318,8 @@ def _save(accelerator: Accelerator, model_dir: Path, step: int, keep: int) -> No
 if __name__ == "__main__":
     with process.telling():
         try:
-            done = train(Path(sys.argv[1]))
+            run_dir, *checkpoint = sys.argv[1:]
+            done = evaluate(Path(run_dir), int(*checkpoint)) if checkpoint else train(Path(run_dir))
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(".")[0]
             raise EnvironmentLacks(f"the GPU's memory is too small ({reason}); raise train.micro_batches") from None

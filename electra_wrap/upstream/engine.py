@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import corpus, process, vocab
+from electra_wrap import corpus, metrics, process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.native import engine as native
 from electra_wrap.profile import NETWORKS
@@ -35,9 +35,6 @@ GPUS, NO_GPU = "electra_wrap.upstream.gpus", "TensorFlow sees none; install elec
 
 #: What trained a model, in its model card.
 CREDIT = "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
-
-#: A line of upstream's ETAHook, e.g. `20/200 = 10.0%, SPS: 3.1, ELAP: 9, ETA: 58 - loss: 41.2034`.
-_STEP = re.compile(r"^(\d+)/(\d+) = [\d.]+%, SPS: .* - loss: (\S+)$")
 
 
 def versions() -> dict[str, str]:
@@ -108,32 +105,65 @@ def take(run: Run, records: Path, out: Path) -> int:
     return number
 
 
-def train(run: Run, gpus: Sequence[str], on_step: Callable[[int, float], None]) -> None:
-    """Train until the profile's last step; `on_step` gets step and loss of each logged step."""
+def train(run: Run, gpus: Sequence[str], on_scalars: Callable[[dict[str, Any]], None]) -> None:
+    """Train until the profile's last step; `on_scalars` gets what logged steps and evaluations gave.
 
-    def read(line: str) -> None:
-        if match := _STEP.match(line):
-            on_step(int(match[1]), float(match[3]))
-
+    The script either trains or evaluates, so it is started anew after each evaluation.
+    """
     if run.launch:
         raise UsageError('--launch is for engine = "native"; the scripts know one process')
-    keys, path = run.profile.train, run.directory / "hparams.json"
-    write_json(path, run.hparams())
+    start, last = max(steps(run.model_dir), default=0), run.profile.train.steps
+    every = run.profile.train.evaluate_every or last
+    for stop in (*range(start + every - start % every, last, every), last):
+        _train(run, gpus, stop, on_scalars)
+        if stop < last:
+            evaluate(run, gpus, stop, on_scalars)
+
+
+def _train(run: Run, gpus: Sequence[str], stop: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
     remove(run.model_dir / "checkpoint")  # TensorFlow's own list of what is there, which may be another by now
     if found := steps(run.model_dir):
         names = [f'all_model_checkpoint_paths: "model.ckpt-{step}"\n' for step in found]
         text = f'model_checkpoint_path: "model.ckpt-{found[-1]}"\n{"".join(names)}'
         write_text(run.model_dir / "checkpoint", text)
+    write_json(run.directory / "hparams.json", run.hparams())
+    _pretraining(run, gpus, run.directory / "hparams.json", {"stop": stop}, run.log("train"), on_scalars)
+
+
+def evaluate(run: Run, gpus: Sequence[str], step: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
+    """Evaluate a checkpoint on the held-out records with the script's `do_eval`; `on_scalars` gets the metrics."""
+    examples = run.recorded(DATA)["facts"]["held_out_examples"]
+    size = min(run.profile.train.batch_size, examples)
+    hparams = run.hparams() | {
+        **{"do_train": False, "do_eval": True, "eval_batch_size": size, "num_eval_steps": examples // size},
+        "pretrain_tfrecords": str(run.directory / OUTPUTS[1] / corpus.RECORDS),
+    }
+    path = run.directory / "logs" / "evaluate.hparams.json"
+    write_json(path, hparams)
+    checkpoint = str(run.model_dir / f"model.ckpt-{step}")
+    _pretraining(run, gpus, path, {"checkpoint": checkpoint}, run.log("evaluate"), on_scalars)
+
+
+def _pretraining(
+    run: Run,
+    gpus: Sequence[str],
+    hparams: Path,
+    more: dict[str, Any],
+    log: Path,
+    on_scalars: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run run_pretraining.py; `more` is for estimator.py alone."""
+    keys = run.profile.train
     xla = keys.compile is True
     environment = {
         # What the scripts have no argument for: estimator.py reads it.
-        "ELECTRA_WRAP_RUNTIME": json.dumps({"seed": keys.seed, "precision": keys.precision, "xla": xla}),
+        "ELECTRA_WRAP_RUNTIME": json.dumps({"seed": keys.seed, "precision": keys.precision, "xla": xla, **more}),
         **({} if gpus else {"CUDA_VISIBLE_DEVICES": "-1"}),
         # XLA compiles for the CPU only when told so here.
         **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpus else {}),
     }
-    arguments = [f"--data-dir={run.directory.path}", f"--model-name={run.profile.model_name}", f"--hparams={path}"]
-    script(run, "run_pretraining.py", arguments, environment, run.log("train"), read)
+    arguments = [f"--data-dir={run.directory.path}", f"--model-name={run.profile.model_name}", f"--hparams={hparams}"]
+    script(run, "run_pretraining.py", arguments, environment, log, metrics.follow(on_scalars))
 
 
 def script(

@@ -4,25 +4,29 @@ TensorFlow 2.16 dropped Estimator. What the script needs of it is small: build o
 MonitoredTrainingSession with the script's own hooks, save checkpoints and summaries, or evaluate the latest
 checkpoint. Names and arguments are Estimator's, because the script calls them.
 
-What the scripts have no argument for (seed, precision, XLA) comes from the environment: see engine.train.
+What the scripts have no argument for (seed, precision, XLA, the step to stop at, the checkpoint to evaluate) comes
+from the environment: see engine.py. What a step or an evaluation gave is printed as a line of JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow.compat.v1 as tf
 
-from electra_wrap import process
+from electra_wrap import metrics, process
 from electra_wrap.errors import EnvironmentLacks, StageFailed, diverged
 from electra_wrap.process import INTERRUPTED
 from electra_wrap.rundir import write_sums
@@ -30,6 +34,15 @@ from electra_wrap.upstream import engine
 
 SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
+
+
+#: Tensors of the graph, under upstream's names.
+_watched: dict[str, Any] = {}
+
+
+def watch(**tensors: Any) -> None:
+    """Remember tensors of the graph that is being built, for the lines that are printed (patches/0010)."""
+    _watched.update(tensors)
 
 
 class ModeKeys:
@@ -70,17 +83,8 @@ class _TPU:
             SIGINT and SIGTERM end training after the current step; like the regular end, that saves a
             checkpoint, and the process then exits with `INTERRUPTED`. What goes wrong is told (process.py).
             """
-            with process.telling():
-                try:
-                    self._train(input_fn, max_steps)
-                except tf.errors.OpError as error:
-                    if lacks := process.lacking(error.message):
-                        raise lacks from None
-                    if isinstance(error, tf.errors.ResourceExhaustedError):
-                        raise EnvironmentLacks("memory is too small; lower train.batch_size") from None
-                    # Of a page about the graph, what went wrong in which node.
-                    reason = re.search(r"^Node: (.*\n.*)", error.message, re.M)
-                    raise StageFailed(" ".join((reason[1] if reason else error.message).split())) from None
+            with _telling():
+                self._train(input_fn, max_steps)
 
         def _train(self, input_fn: Callable[..., Any], max_steps: int) -> None:
             config = self._config
@@ -91,8 +95,8 @@ class _TPU:
                 # The start step is part of the seed: with the seed alone, every continued run would see the
                 # first batches and the first masks again.
                 spec = self._build(ModeKeys.TRAIN, input_fn, self._runtime["seed"] + start)
-                tf.summary.scalar("loss", spec.loss)
-                watch = _Watch(spec.loss)
+                stop = min(max_steps, self._runtime.get("stop") or max_steps)
+                watch = _Watch(spec.loss, config.tpu_config.iterations_per_loop)
                 saver = tf.train.Saver(
                     max_to_keep=config.keep_checkpoint_max or 0, save_relative_paths=True, defer_build=False
                 )
@@ -106,12 +110,13 @@ class _TPU:
                 with tf.train.MonitoredTrainingSession(
                     checkpoint_dir=config.model_dir,
                     scaffold=scaffold,
-                    hooks=[watch, tf.train.StopAtStepHook(last_step=max_steps), *spec.training_hooks],
+                    hooks=[watch, tf.train.StopAtStepHook(last_step=stop), *spec.training_hooks],
                     chief_only_hooks=[save],
                     save_checkpoint_steps=None,
                     save_checkpoint_secs=None,
-                    save_summaries_steps=config.tpu_config.iterations_per_loop,
-                    log_step_count_steps=config.tpu_config.iterations_per_loop,
+                    save_summaries_steps=None,
+                    save_summaries_secs=None,
+                    log_step_count_steps=None,
                     config=self._session_config(),
                 ) as session:
                     while not session.should_stop():
@@ -120,38 +125,36 @@ class _TPU:
                 sys.exit(INTERRUPTED)
 
         def evaluate(self, input_fn: Callable[..., Any], steps: int) -> dict[str, Any]:
-            """Return the metrics, `loss` and `global_step` of the latest checkpoint over `steps` batches.
+            """Return the metrics, `loss` and `global_step` of the checkpoint that is asked for, over `steps` batches.
 
-            Also written as summaries to model_dir/eval. ValueError if there is no checkpoint.
+            The graph's seed is always the same, and with it masks and samples.
             """
-            checkpoint = tf.train.latest_checkpoint(self._config.model_dir)
-            if checkpoint is None:
-                raise ValueError(f"no checkpoint in {self._config.model_dir}")
-            with tf.Graph().as_default():
+            with _telling(), tf.Graph().as_default():
                 spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
                 metric_fn, tensors = spec.eval_metrics
-                metrics = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
-                values = {name: value for name, (value, _) in metrics.items()}
-                updates = [update for _, update in metrics.values()]
+                found = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
+                values = {name: value for name, (value, _) in found.items()}
+                updates = [update for _, update in found.values()]
                 global_step = tf.train.get_or_create_global_step()
                 with tf.train.MonitoredSession(
                     tf.train.ChiefSessionCreator(
-                        checkpoint_filename_with_path=checkpoint, config=self._session_config()
+                        checkpoint_filename_with_path=self._runtime["checkpoint"], config=self._session_config()
                     ),
                     hooks=spec.evaluation_hooks,
                 ) as session:
                     for _ in range(steps):
                         session.run(updates)
-                    results, step = session.run([values, global_step])
-            summary = tf.Summary(
-                value=[tf.Summary.Value(tag=name, simple_value=float(value)) for name, value in results.items()]
-            )
-            # The file writer belongs to graph mode, which disable_v2_behavior() has made the default.
-            with tf.summary.FileWriter(f"{self._config.model_dir}/eval") as writer:
-                writer.add_summary(summary, step)
+                    # Without the hooks, which would ask for one more batch.
+                    results, step = session.run_step_fn(
+                        lambda step_context: step_context.session.run([values, global_step])
+                    )
+            told = {ours: float(results[name]) for name, ours in metrics.UPSTREAM.items()}
+            examples = steps * self._batch_size[ModeKeys.EVAL]
+            print(json.dumps({"evaluated": int(step), "examples": examples, **told}), flush=True)
             return {**results, "global_step": step}
 
         def _build(self, mode: str, input_fn: Callable[..., Any], seed: int) -> Any:
+            _watched.clear()
             tf.set_random_seed(seed)
             # The optimizer reads the step for the learning rate and also advances it. One cached read for each
             # session.run() keeps the learning rate from seeing the step already advanced.
@@ -184,6 +187,21 @@ class _TPU:
 tpu = _TPU
 
 
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    with process.telling():
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if lacks := process.lacking(error.message):
+                raise lacks from None
+            if isinstance(error, tf.errors.ResourceExhaustedError):
+                raise EnvironmentLacks("memory is too small; lower train.batch_size") from None
+            # Of a page about the graph, what went wrong in which node.
+            reason = re.search(r"^Node: (.*\n.*)", error.message, re.M)
+            raise StageFailed(" ".join((reason[1] if reason else error.message).split())) from None
+
+
 class _Sealed(tf.train.CheckpointSaverListener):  # type: ignore[misc]
     """Keeps weights that are not finite from being saved, and writes down what a checkpoint's files are."""
 
@@ -207,25 +225,61 @@ class _Sealed(tf.train.CheckpointSaverListener):  # type: ignore[misc]
 
 
 class _Watch(tf.train.SessionRunHook):  # type: ignore[misc]
-    """Requests a regular stop at SIGINT or SIGTERM, so that the session saves a checkpoint; looks at every loss."""
+    """Requests a regular stop at SIGINT or SIGTERM, so that the session saves a checkpoint; looks at every loss.
 
-    def __init__(self, loss: Any) -> None:
+    After every `log_every`th step it prints the scalars of that step.
+    """
+
+    def __init__(self, loss: Any, log_every: int) -> None:
         self.signal: int | None = None
-        self._loss = loss
+        self._loss, self._log_every = loss, log_every
+        self._scalars = {**_watched, "logits": _watched["disc_probs"].op.inputs[0]}
+        del self._scalars["sampled_tokids"]  # a pass over one-hot vectors of the whole vocabulary
 
     def begin(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
+    def after_create_session(self, session: Any, coord: Any) -> None:
+        self._step = int(session.run(tf.train.get_global_step()))
+
     def _note(self, number: int, _frame: Any) -> None:
         self.signal = number
 
     def before_run(self, run_context: Any) -> Any:
-        return tf.train.SessionRunArgs([self._loss, tf.train.get_global_step()])
+        self._step += 1
+        logged = self._step % self._log_every == 0
+        return tf.train.SessionRunArgs([self._loss, self._scalars if logged else {}])
 
     def after_run(self, run_context: Any, run_values: Any) -> None:
-        loss, step = run_values.results
+        loss, found = run_values.results
         if not math.isfinite(loss):
-            raise diverged(int(step) + 1, float(loss))  # it was read before it advanced
+            raise diverged(self._step, float(loss))
+        if found:
+            print(json.dumps({"step": self._step, "loss/total": float(loss), **_values(found)}), flush=True)
         if self.signal is not None:
             run_context.request_stop()
+
+
+def _values(found: dict[str, Any]) -> dict[str, float]:
+    """The scalars that follow from what a step computed, under TensorBoard's names."""
+    tally = metrics.Tally()
+    right = found["masked_lm_preds"] == found["masked_lm_ids"]
+    tally.add_generator(right, np.zeros_like(right), found["mlm_loss"], found["masked_lm_weights"])
+    tally.add_discriminator(found["logits"], found["disc_labels"], found["input_mask"])
+    gpus = tf.config.list_logical_devices("GPU")
+    memory = (
+        tf.config.experimental.get_memory_info(gpus[0].name.removeprefix("/device:"))["peak"]
+        if gpus
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    values = tally.values()
+    del values["generator/sampled_accuracy"]
+    return {
+        **values,
+        "loss/generator": float(found["generator"]),
+        "loss/discriminator": float(found["discriminator"]),
+        "train/learning_rate": float(found["learning_rate"]),
+        "train/gradient_norm": float(found["gradient_norm"]),
+        "memory/gigabytes": memory / 1e9,
+    }

@@ -1,0 +1,182 @@
+"""What is known of a model in training: what its engine tells, speed, cost, and how it does on held-out text."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from electra_wrap import scalars, vocab
+from electra_wrap.errors import StageFailed, UsageError
+from electra_wrap.progress import Meter, say
+from electra_wrap.rundir import link, partial, remove, write_sums
+
+if TYPE_CHECKING:
+    from electra_wrap.stages import Run
+
+#: Steps after the warm-up by which the loss must have moved.
+PATIENCE = 1000
+
+#: Seconds between two looks at the GPUs' power.
+POWER_EVERY = 10.0
+
+#: By what the best checkpoint is the best: the lowest of this on held-out text.
+BEST_BY = "loss/total"
+
+
+class Monitor:
+    """Takes what an engine tells of a training: shows it, writes it down, and ends what does not learn."""
+
+    def __init__(self, run: Run, start: int, gpus: list[str]) -> None:
+        self._run, self._start, self._gpus = run, start, gpus
+        self._examples = run.recorded(run.engine.DATA)["facts"]["examples"]
+        # Of networks that guess: the generator among all words, the discriminator, which counts 50 times, between two.
+        self._untrained = math.log(len(vocab.read(run.vocabulary))) + 50 * math.log(2)
+        self.lowest, self.loss = math.inf, math.nan
+        # What earlier attempts cost, those that were killed too.
+        before = scalars.read(run.model_dir / "train", void=True)
+        self._spent = {tag: max((v for _, _, v in before.get(tag, ())), default=0.0) for tag in COSTS}
+
+    def __enter__(self) -> Monitor:
+        keys = self._run.profile.train
+        self._meter = Meter("train", keys.steps, "steps", self._start).__enter__()
+        self._writer = scalars.Writer(self._run.model_dir / "train", self._start + 1)
+        self._writer.text(self._start, "hparams", self._run.hparams())
+        self._writer.text(self._start, "profile", self._run.profile.flat())
+        self._began = self._measured = self._last = time.monotonic()
+        self._step: int | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._meter.__exit__()
+        self._writer.close()
+
+    def __call__(self, told: dict[str, Any]) -> None:
+        """Take a line of an engine's: `step` and scalars, or the step that was `evaluated` and its metrics."""
+        if "evaluated" in told:
+            record(self._run, told)
+            self._step = None  # the time of an evaluation is not that of a step
+            return
+        step, values = told["step"], {name: value for name, value in told.items() if name != "step"}
+        self.loss = values["loss/total"]
+        self.lowest = min(self.lowest, self.loss)
+        self._meter.update(step, f"loss {self.loss:.4f}")
+        self._writer.write(step, {**values, **self._speed(step), **self._cost()})
+        keys = self._run.profile.train
+        if not self._start and step >= keys.warmup_steps + PATIENCE and self.lowest > 0.95 * self._untrained:
+            raise StageFailed(
+                f"the loss is {self.loss:.2f} at step {step:,}, as before training ({self._untrained:.2f}): it does "
+                f"not move; look at train.learning_rate = {keys.learning_rate} and at the text, and train another "
+                "model_name"
+            )
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now, profile = time.monotonic(), self._run.profile
+        sequences = step * profile.train.batch_size
+        values = {"progress/examples": sequences, "progress/epochs": sequences / self._examples}
+        if self._step is not None:
+            speed = (step - self._step) / (now - self._last)
+            values |= {
+                "speed/steps_per_second": speed,
+                "speed/sequences_per_second": speed * profile.train.batch_size,
+                "speed/tokens_per_second": speed * profile.train.batch_size * profile.model.max_seq_length,
+            }
+        self._step, self._last = step, now
+        return values
+
+    def _cost(self) -> dict[str, float]:
+        now = time.monotonic()
+        values = {"cost/hours": self._spent["cost/hours"] + (now - self._began) / 3600}
+        if self._gpus and now - self._measured > POWER_EVERY and (watts := power()) is not None:
+            self._spent["cost/kilowatt_hours"] += watts * (now - self._measured) / 3.6e6
+            self._measured = now
+            values |= {"cost/kilowatt_hours": self._spent["cost/kilowatt_hours"], "cost/watts": watts}
+        return values
+
+
+#: What a training has cost so far, over all its attempts.
+COSTS = ("cost/hours", "cost/kilowatt_hours")
+
+
+def power() -> float | None:
+    """Watts that the GPUs draw at the moment; None if the driver does not tell."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            [*command, *([f"--id={visible}"] if visible else [])],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=POWER_EVERY,
+        ).stdout
+        return sum(map(float, told.split()))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def record(run: Run, told: dict[str, Any]) -> None:
+    """Write down an evaluation: in the manifest and for TensorBoard. The best checkpoint is kept."""
+    step, metrics = told["evaluated"], {name: value for name, value in told.items() if name != "evaluated"}
+    run.model["evaluations"] = {**evaluations(run), str(step): metrics}
+    with scalars.Writer(run.model_dir / "eval") as writer:
+        writer.write(step, {name: value for name, value in metrics.items() if "/" in name})
+    shown = f"loss {metrics[BEST_BY]:.4f}, AUC {metrics['discriminator/auc']:.4f}"
+    if best(run) == step and (found := run.checkpoint(step)):
+        _keep(run, *found)
+        shown += ", the best so far"
+    run.directory.save()
+    say(f"evaluate: step {step:,} on {metrics['examples']:,} held-out examples: {shown}")
+
+
+def evaluations(run: Run) -> dict[str, dict[str, float]]:
+    """The metrics of each step that was evaluated, by its number as text."""
+    return dict(run.model.get("evaluations", {}))
+
+
+def best(run: Run) -> int | None:
+    """The step with the lowest held-out loss of those that were evaluated."""
+    return min((int(step) for step in evaluations(run)), key=lambda s: evaluations(run)[str(s)][BEST_BY], default=None)
+
+
+def best_dir(run: Run) -> Path:
+    """Where the best checkpoint's weights are kept; UsageError if nothing was evaluated."""
+    step = best(run)
+    if step is None or not (directory := run.model_dir / f"best-{step}").is_dir():
+        raise UsageError(f"{run.model_dir} has no best checkpoint yet; first `run` or `evaluate`, with held-out text")
+    return directory
+
+
+def _keep(run: Run, step: int, made_by: Any) -> None:
+    """Give the files of a checkpoint's weights a second name, under which they outlive it; forget the former best."""
+    directory = run.model_dir / f"best-{step}"
+    if not directory.is_dir():
+        with partial(directory) as new:
+            new.mkdir()
+            for file in made_by.files(run.model_dir, step):
+                target = new / file.relative_to(run.model_dir)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link(file, target)
+            write_sums(made_by.sums(new, step), made_by.files(new, step))
+    for other in run.model_dir.glob("best-*"):
+        if re.fullmatch(r"best-\d+", other.name) and other != directory:
+            remove(other)
+
+
+def forget(run: Run) -> None:
+    """Begin anew: what was evaluated was another training's."""
+    run.model.pop("evaluations", None)
+    with scalars.Writer(run.model_dir / "eval", 0):
+        pass
+    for kept in run.model_dir.glob("best-*"):
+        run.directory.set_aside(kept)
+
+
+def evaluate(run: Run, step: int, made_by: Any, gpus: list[str]) -> dict[str, float]:
+    """Evaluate a checkpoint on the held-out text, write down what came of it, and return that."""
+    made_by.evaluate(run, gpus, step, lambda told: record(run, told))
+    return evaluations(run)[str(step)]
