@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from electra_wrap import __version__, profile
 from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError, from_os
+from electra_wrap.rundir import MANIFESTS
 
 DEFAULT_PROFILE = "spanish-tiny"
 
@@ -46,6 +47,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def _argument(*names: str, **keys: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, keys
 
@@ -55,6 +60,7 @@ _PROFILE = (
     _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=100; overrides a key"),
 )
 _RUN_DIR = _argument("--run-dir", metavar="DIR", help="run directory (default: runs/PROFILE)")
+_RUN_DIRS = _argument("run_dirs", nargs="*", metavar="RUN_DIR", help="default: runs/PROFILE")
 _UPSTREAM = _argument("--upstream", metavar="SRC", help="URL, clone, bare mirror or bundle of upstream")
 _JSON = _argument("--json", action="store_true", help="print JSON")
 
@@ -129,11 +135,20 @@ def vendor(arguments: argparse.Namespace) -> None:
     print(checkout.ensure(arguments.upstream))
 
 
+#: What `convert` has to be told of a checkpoint that is not in a run directory.
+_NOT_OF_A_RUN = ("vocab", "model", "lowercase", "strip_accents", "max_length", "heads", "generator_heads", "to_tf")
+
+
 @_command(
-    "convert a TensorFlow checkpoint for transformers, or back",
-    _argument("source", nargs="+", metavar="CHECKPOINT", help="directory or prefix; --to-tf: DISCRIMINATOR GENERATOR"),
+    "convert a TensorFlow checkpoint, or one of a run's, for transformers, or back",
+    _argument(
+        "source",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="directory or prefix, or a run directory; --to-tf: DISCRIMINATOR GENERATOR",
+    ),
     _argument("--out", required=True, metavar="DIR", help="DIR/discriminator and DIR/generator are written"),
-    _argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)"),
+    _argument("--step", type=_step, metavar="N|best", help="the checkpoint of this step (default: the latest)"),
     _argument("--vocab", metavar="FILE", help="vocab.txt; without it no tokenizer is written"),
     _argument("--model", choices=["both", *profile.NETWORKS], default="both"),
     _argument("--lowercase", action="store_true", help="the model was trained on lowercased text"),
@@ -151,6 +166,15 @@ def convert(arguments: argparse.Namespace) -> None:
     sources = [str(Path(source).absolute()) for source in arguments.source]
     if len(sources) != 1 + arguments.to_tf:
         raise UsageError("give one CHECKPOINT, or with --to-tf two directories: DISCRIMINATOR GENERATOR")
+    if (Path(sources[0]) / MANIFESTS[0]).is_file():
+        from electra_wrap import stages
+
+        if given := [name for name in _NOT_OF_A_RUN if getattr(arguments, name) not in (None, False, "both")]:
+            raise UsageError(f"--{given[0].replace('_', '-')}: a run knows that itself; leave it out")
+        stages.convert(Path(sources[0]), arguments.step, out, arguments.force)
+        return print(out)
+    if arguments.step == "best":
+        raise UsageError(f"{sources[0]} is no run directory, which knows its best checkpoint; give a number")
     job: dict[str, Any] = {"out": str(out), "force": arguments.force}
     if arguments.to_tf:
         job |= {"task": "convert_back", "step": arguments.step or 0}
@@ -243,13 +267,56 @@ def doctor(arguments: argparse.Namespace) -> None:
         raise EnvironmentLacks(f"{arguments.profile} needs what is missing here: {', '.join(missing)}; mend that first")
 
 
-@_command("open TensorBoard on a run", *_PROFILE, _RUN_DIR)
+@_command(
+    "evaluate a checkpoint on the text that training did not see",
+    *(*_PROFILE, _RUN_DIR, _UPSTREAM),
+    _argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)"),
+    _JSON,
+)
+def evaluate(arguments: argparse.Namespace) -> None:
+    from electra_wrap import stages
+
+    found = stages.evaluate(_run(arguments), arguments.step)
+    if arguments.json:
+        return _print_json(found)
+    for key, value in found.items():
+        print(f"{key:28} {value:>10{'.4f' if isinstance(value, float) else ','}}")
+
+
+@_command(
+    "open TensorBoard on a run, or on several to compare them",
+    *(_RUN_DIRS, _PROFILE[0]),
+    _argument("--port", type=int, metavar="N", help="default: the first that is free from 6006"),
+    _argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone, 127.0.0.1)"),
+)
 def tensorboard(arguments: argparse.Namespace) -> None:
-    directory = _run_dir(arguments) / "models"
-    if not directory.is_dir():
-        raise UsageError(f"{directory.parent} has not trained yet; first `run`")
+    directories = _run_dirs(arguments)
+    for directory in directories:
+        if not (directory / "models").is_dir():
+            raise UsageError(f"{directory} has not trained yet; first `run`")
+        if len(directories) > 1 and set(",:") & set(str(directory)):
+            raise UsageError(f"{directory}: TensorBoard cannot compare directories with a comma or colon; rename it")
+    where = ["--logdir", str(directories[0] / "models")]
+    if len(directories) > 1:
+        unique = len({directory.name for directory in directories}) == len(directories)
+        names = [directory.name if unique else str(directory) for directory in directories]
+        pairs = zip(names, directories, strict=True)
+        where = ["--logdir_spec", ",".join(f"{name}:{directory / 'models'}" for name, directory in pairs)]
+    port = [] if arguments.port is None else ["--port", str(arguments.port)]
     # TensorBoard takes our place: it handles its own signals and messages.
-    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory)])
+    argv = [sys.executable, "-m", "tensorboard.main", *where, "--host", arguments.host, *port]
+    os.execv(sys.executable, argv)
+
+
+@_command(
+    "write report.html of a run, or of several to compare them",
+    *(_RUN_DIRS, _PROFILE[0]),
+    _argument("--out", metavar="FILE", help="default: report.html in the run directory"),
+)
+def report(arguments: argparse.Namespace) -> None:
+    from electra_wrap import report as page
+
+    print(page.write(_run_dirs(arguments), arguments.out and Path(arguments.out)))
 
 
 def _run(arguments: argparse.Namespace) -> Any:
@@ -263,6 +330,12 @@ def _run(arguments: argparse.Namespace) -> Any:
 
 def _run_dir(arguments: argparse.Namespace) -> Path:
     return Path(arguments.run_dir or Path("runs") / profile.find(arguments.profile).stem)
+
+
+def _run_dirs(arguments: argparse.Namespace) -> list[Path]:
+    return [
+        Path(name).resolve() for name in arguments.run_dirs or [Path("runs") / profile.find(arguments.profile).stem]
+    ]
 
 
 def _print_json(value: Any) -> None:

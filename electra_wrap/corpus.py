@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
 import dataclasses
 import glob
@@ -332,6 +333,21 @@ class _Sharder:
         self._state.complete = complete
         write_json(self._work / "state.json", dataclasses.asdict(self._state))
         self._saved = time.monotonic()
+
+
+def seen_share(text: Path, held_out: Path) -> float:
+    """Share of the bytes of the held-out shards that are in lines which the text's shards have, too."""
+    lines: collections.Counter[bytes] = collections.Counter()
+    for path in held_out.iterdir():
+        with path.open("rb") as file:
+            for line in file:
+                lines[line] += len(line)
+    unseen = dict(lines)
+    for path in text.iterdir():
+        with path.open("rb") as file:
+            for line in file:
+                unseen.pop(line, None)
+    return 1 - sum(unseen.values()) / max(1, lines.total())
 
 
 def _refuse_no_text(name: str, beginning: bytes) -> None:

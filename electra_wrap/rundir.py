@@ -162,6 +162,18 @@ def partial(path: Path) -> Iterator[Path]:
     finish(temporary, path)
 
 
+@contextlib.contextmanager
+def output(path: Path, force: bool) -> Iterator[Path]:
+    """Yield a temporary directory that replaces `path` at the end. UsageError if that exists, without `force`."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; choose another --out, or replace it with --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial(path) as directory:
+        directory.mkdir()
+        yield directory
+        remove(path)
+
+
 def finish(temporary: Path, path: Path) -> None:
     """Rename what is done to its name, when it is on disk."""
     for file in [temporary, *temporary.rglob("*")]:

@@ -17,13 +17,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from electra_wrap import check, corpus, parts, process, sources, storage, training, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
 from electra_wrap.progress import Meter, duration, say
-from electra_wrap.rundir import RunDir, finish, partial, remove, whole, write_json, write_text
+from electra_wrap.rundir import RunDir, finish, output, partial, remove, whole, write_json, write_text
 
 #: Keys of hparams.json with which a model may go on (they say how long and how often, not what), and those that
 #: `_data_inputs` has under the profile's names.
@@ -103,6 +103,17 @@ class Run:
     def recorded(self, stage: str) -> dict[str, Any]:
         """The manifest's entry of a stage; empty if it never ran."""
         return dict(self.directory.manifest["stages"].get(self.key(stage), {}))
+
+
+def open_run(directory: Path) -> Run:
+    """The run in a directory, with the profile that it had last. UsageError if it is none."""
+    try:
+        text = (directory / "profile.json").read_text(encoding="utf-8")
+        return Run(Profile.model_validate_json(text), RunDir(directory))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise UsageError(
+            f"{directory} is no run directory (it has no whole profile.json); give that of a `run`"
+        ) from None
 
 
 def engine(name: str) -> Any:
@@ -349,8 +360,8 @@ def _train_inputs(run: Run) -> dict[str, Any]:
 
 def _train(run: Run) -> dict[str, Any]:
     keys = run.profile.train
-    if keys.evaluate_every and not _held_out(run):
-        raise UsageError("train.evaluate_every: no text was held out; raise corpus.held_out or give more documents")
+    if keys.evaluate_every:
+        training.held_out(run)
     gpus = choose_device(run, "train")
     start = _continue(run)
     began = time.monotonic()
@@ -392,7 +403,7 @@ def _continue(run: Run) -> int:
     if made_by is not run.engine:
         say(f"train: hands the checkpoint over to the {run.profile.engine} engine, Adam's slots included")
         exported = run.model_dir / f"exported-{step}"
-        made_by.export(run, step, exported, slots=True)
+        made_by.export(run, run.model_dir, step, exported, slots=True)
         run.engine.adopt(run, step, exported)
         shutil.rmtree(exported, ignore_errors=True)
     return step
@@ -429,17 +440,26 @@ def _evaluate_inputs(run: Run) -> dict[str, Any]:
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    if not _held_out(run):
-        say("evaluate: no text was held out; raise corpus.held_out or give more documents")
+    try:
+        training.held_out(run)
+    except UsageError as error:
+        say(f"evaluate: {error}")  # a model without metrics is still one
         return {}
     step, made_by = run.checkpoint() or (0, run.engine)
-    gpus = choose_device(run, "evaluate")
-    return {"step": step, **training.evaluate(run, step, made_by, gpus)}
+    return {"step": step, **training.evaluate(run, step, made_by, choose_device(run, "evaluate"))}
 
 
-def _held_out(run: Run) -> int:
-    """Number of held-out examples."""
-    return int(run.recorded(run.engine.DATA).get("facts", {}).get("held_out_examples", 0))
+def evaluate(run: Run, wanted: int | None) -> dict[str, Any]:
+    """Evaluate the latest checkpoint, or the `wanted` one, on the held-out text; return its step and the metrics."""
+    with run.directory.lock():
+        training.held_out(run)
+        if (found := run.checkpoint(wanted)) is None:
+            raise UsageError(no_checkpoint(run, wanted))
+        step, made_by = found
+        _refuse_other_settings(run, step, run.recorded("train"), _train_inputs(run))
+        made_by.prepare(run)
+        write_json(run.directory / "profile.json", run.profile.model_dump())
+        return {"step": step, **training.evaluate(run, step, made_by, choose_device(run, "evaluate"))}
 
 
 def _convert_inputs(run: Run) -> dict[str, Any]:
@@ -454,16 +474,45 @@ def _convert_inputs(run: Run) -> dict[str, Any]:
 
 def _convert(run: Run) -> dict[str, Any]:
     step, made_by = run.checkpoint() or (0, run.engine)
-    keys = run.profile.tokenizer
     with partial(run.directory / "hf") as out:
         out.mkdir()
-        facts = made_by.export(run, step, out)
-        for network in NETWORKS:
-            length = run.profile.model.max_seq_length  # positions beyond it were never trained
-            vocab.write_tokenizer(out / network, vocab.read(run.vocabulary), max_length=length, **keys.rules)
-            write_text(out / network / "README.md", model_card(run, network, step, made_by))
+        facts = _export(run, run.model_dir, step, made_by, out)
     say(f"convert: step {step:,} is in {run.directory / 'hf'}")
     return {"step": step, **facts}
+
+
+def _export(run: Run, model_dir: Path, step: int, made_by: Any, out: Path) -> dict[str, Any]:
+    """Write both networks of a checkpoint in `model_dir` as transformers loads them, with tokenizer and card."""
+    facts: dict[str, Any] = made_by.export(run, model_dir, step, out)
+    for network in NETWORKS:
+        length = run.profile.model.max_seq_length  # positions beyond it were never trained
+        vocab.write_tokenizer(
+            out / network, vocab.read(run.vocabulary), max_length=length, **run.profile.tokenizer.rules
+        )
+        write_text(out / network / "README.md", model_card(run, network, step, made_by))
+    return facts
+
+
+def convert(directory: Path, wanted: int | Literal["best"] | None, out: Path, force: bool) -> None:
+    """Export a run's latest checkpoint, its best or that of a step to `out`."""
+    run = open_run(directory)
+    model_dir = run.model_dir
+    if wanted == "best":
+        model_dir = training.best_dir(run)
+        found = next((step, one) for one in map(engine, ENGINES) for step in one.steps(model_dir))
+    elif (whole_one := run.checkpoint(wanted)) is None:
+        raise UsageError(no_checkpoint(run, wanted))
+    else:
+        found = whole_one
+    step, made_by = found
+    with output(out, force) as new:
+        _export(run, model_dir, step, made_by, new)
+    say(f"convert: step {step:,} is in {out}")
+
+
+def no_checkpoint(run: Run, wanted: int | None) -> str:
+    which = "checkpoint" if wanted is None else f"whole checkpoint of step {wanted:,}"
+    return f"{run.model_dir} has no {which}; first `run`, or choose another --step"
 
 
 def model_card(run: Run, network: Network, step: int, made_by: Any) -> str:
@@ -547,17 +596,21 @@ def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) ->
         )
     if step is None:
         return "not done yet"
-    if changed := _difference(recorded["inputs"], inputs):
-        raise UsageError(
-            f"{run.model_dir} has a model trained for {step:,} steps, and {changed}; set that back, "
-            "or train another model with --set model_name=NAME or --run-dir DIR"
-        )
+    _refuse_other_settings(run, step, recorded, inputs)
     if step > steps:
         raise UsageError(f"{run.model_dir} is at step {step:,}, train.steps = {steps}; set train.steps={step} or more")
     if step < steps:
         _refuse_other_versions(run, step, recorded["versions"])
         return f"at step {step:,} of {steps:,}"
     return None if recorded["outcome"] == "done" else str(recorded["outcome"])
+
+
+def _refuse_other_settings(run: Run, step: int, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
+    if changed := _difference(recorded["inputs"], inputs):
+        raise UsageError(
+            f"{run.model_dir} has a model trained for {step:,} steps, and {changed}; set that back, "
+            "or train another model with --set model_name=NAME or --run-dir DIR"
+        )
 
 
 def _refuse_other_versions(run: Run, step: int, before: dict[str, str]) -> None:
@@ -653,6 +706,10 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
             for name in stage.scratch:
                 remove(run.directory / name)
         run.directory.save()
+    if until is None and (done or not (run.directory / "report.html").exists()):
+        from electra_wrap import report  # which imports this module, and a plotting library
+
+        say(f"report: {report.write([run.directory.path])}")
     what = f"{done} of {len(wanted)} stages done" if done else "nothing to do: everything is up to date"
     say(f"{what}, {duration(time.monotonic() - began)}")
 

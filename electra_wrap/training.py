@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import scalars, vocab
+from electra_wrap import corpus, scalars, vocab
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.progress import Meter, say
 from electra_wrap.rundir import link, partial, remove, write_sums
@@ -23,6 +23,9 @@ PATIENCE = 1000
 
 #: Seconds between two looks at the GPUs' power.
 POWER_EVERY = 10.0
+
+#: Share of the held-out text that may be in lines which training has too. (Short ones come again and again.)
+MOST_SEEN = 0.5
 
 #: By what the best checkpoint is the best: the lowest of this on held-out text.
 BEST_BY = "loss/total"
@@ -174,6 +177,23 @@ def forget(run: Run) -> None:
         pass
     for kept in run.model_dir.glob("best-*"):
         run.directory.set_aside(kept)
+
+
+def held_out(run: Run) -> int:
+    """Number of held-out examples, of whose text training sees little; else UsageError."""
+    examples = int(run.recorded(run.engine.DATA).get("facts", {}).get("held_out_examples", 0))
+    if not examples:
+        raise UsageError("no text is held out to evaluate on; raise corpus.held_out, or give more documents")
+    facts = run.recorded("corpus")["facts"]
+    if "held_out_seen_share" not in facts:
+        facts["held_out_seen_share"] = corpus.seen_share(run.directory / "corpus", run.directory / "heldout")
+        run.directory.save()
+    if (seen := facts["held_out_seen_share"]) > MOST_SEEN:
+        raise UsageError(
+            f"{seen:.0%} of the held-out text are lines that training has too, so that evaluation would say nothing; "
+            'set corpus.deduplicate = "lines"'
+        )
+    return examples
 
 
 def evaluate(run: Run, step: int, made_by: Any, gpus: list[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from electra_wrap import process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS, Network, Shape, hf_config
-from electra_wrap.rundir import partial, remove, write_json
+from electra_wrap.rundir import output, write_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -196,7 +196,7 @@ def convert(
                     )
         with contextlib.ExitStack() as stack:
             for network, one in described.items():
-                directory = stack.enter_context(_output(Path(out) / network, force))
+                directory = stack.enter_context(output(Path(out) / network, force))
                 write_json(directory / "config.json", one.config)
                 sizes = {row.pytorch: shapes[row.tensorflow][:: -1 if row.transposed else 1] for row in one.mapping}
                 for file, slot in {"model": "", **{slot: f"/{slot}" for slot in SLOTS if slots}}.items():
@@ -303,7 +303,7 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
         variables.update({row.tensorflow: (row, opened[network]) for row in mapping})
     import tensorflow as tf  # after what can fail without it
 
-    with _output(Path(out), force) as directory:
+    with output(Path(out), force) as directory:
         saved = {"global_step": tf.constant(step, tf.int64)}
         for name, (row, files) in variables.items():
             values = (file.get_tensor(row.pytorch) for file in files)
@@ -320,18 +320,6 @@ def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0,
         )
         tf.compat.v1.train.update_checkpoint_state(str(directory), prefix)
     return {"checkpoint": str(Path(out) / prefix), "variables": len(variables)}
-
-
-@contextlib.contextmanager
-def _output(path: Path, force: bool) -> Iterator[Path]:
-    """Yield a temporary directory that replaces `path` at the end. UsageError if that exists, without `force`."""
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; choose another --out, or replace it with --force")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial(path) as directory:
-        directory.mkdir()
-        yield directory
-        remove(path)
 
 
 def _list(names: Sequence[str]) -> str:

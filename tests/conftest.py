@@ -169,9 +169,14 @@ print(os.environ["ELECTRA_WRAP_RUNTIME"], os.environ.get("CUDA_VISIBLE_DEVICES")
 print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN") else "clean")
 if h["learning_rate"] == 0.666:
     print("loss was NaN"); raise SystemExit(1)
-for step in range(start + 1, h["num_train_steps"] + 1):
-    print("%d/%d = 1.0%%, SPS: 1.0, ELAP: 1, ETA: 1 - loss: %.4f"
-          % (step, h["num_train_steps"], 50 if h["learning_rate"] == 0.777 else 50 / step))
+runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
+if h["do_eval"]:
+    step = int(open(runtime["checkpoint"] + ".index").read())
+    told = {"evaluated": step, "examples": h["num_eval_steps"] * h["eval_batch_size"], "discriminator/auc": 0.5}
+    print(json.dumps({**told, "loss/total": 100 + abs(step - 4)})) # step 4 is the best
+    raise SystemExit
+for step in range(start + 1, runtime["stop"] + 1):
+    print(json.dumps({"step": step, "loss/total": 50 if h["learning_rate"] == 0.777 else 50 / step}))
 for suffix in (".index", ".data-00000-of-00001"):
     open(os.path.join(d, "model.ckpt-%d%s" % (step, suffix)), "w").write(str(step))
 from electra_wrap.rundir import write_sums

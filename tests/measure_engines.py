@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,8 +73,8 @@ with tempfile.TemporaryDirectory() as directory:
         losses: list[float] = []
         times: list[float] = []
 
-        def step(number: int, loss: float, losses: list[float] = losses, times: list[float] = times) -> None:
-            losses.append(loss)
+        def step(told: dict[str, Any], losses: list[float] = losses, times: list[float] = times) -> None:
+            losses.append(told["loss/total"])
             times.append(time.perf_counter())
 
         run.engine.train(run, [], step)

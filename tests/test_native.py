@@ -251,9 +251,9 @@ def test_a_run_changes_engines_half_way(upstream: Path, corpus_text: Path, tmp_p
     run = Run(tiny(corpus_text, 'engine="native"', "train.learning_rate=0.01", steps=4), directory)
     before = variables(run.model_dir)
     out = tmp_path / "out"
-    upstream_engine.export(run, 4, out, slots=True)
+    upstream_engine.export(run, run.model_dir, 4, out, slots=True)
     native_engine.adopt(run, 4, out)
-    native_engine.export(run, 4, tmp_path / "back", slots=True)
+    native_engine.export(run, run.model_dir, 4, tmp_path / "back", slots=True)
     again = Run(run.profile.model_copy(update={"model_name": "again"}), directory)
     again.model_dir.mkdir()
     upstream_engine.adopt(again, 4, tmp_path / "back")
@@ -356,9 +356,9 @@ def start(run: Run, *argv: str) -> subprocess.Popen[str]:
 
 
 def lines(text: str) -> dict[int, dict[str, float]]:
-    """What training printed, by step."""
+    """What training printed that does not depend on the machine, by step."""
     said = [json.loads(line) for line in text.splitlines() if line.startswith('{"step"')]
-    return {line.pop("step"): line for line in said}
+    return {line.pop("step"): {k: v for k, v in line.items() if not k.startswith("memory/")} for line in said}
 
 
 def finish(run: Run, *argv: str) -> dict[int, dict[str, float]]:
@@ -447,10 +447,10 @@ def test_a_batch_that_cannot_be_divided_is_said_in_one_line(undisturbed: tuple[R
     run = copy(undisturbed[0], tmp_path / "run")
     run.launch = " ".join([*TORCHRUN[:-1], "--nproc-per-node=3"])
     with pytest.raises(UsageError, match=r"^train.batch_size = 8 is not divisible by 3 processes"):
-        native_engine.train(run, [], lambda step, loss: None)
+        native_engine.train(run, [], print)
     run.launch = 'torchrun "'
     with pytest.raises(UsageError, match="--launch"):
-        native_engine.train(run, [], lambda step, loss: None)
+        native_engine.train(run, [], print)
 
 
 @pytest.mark.slow

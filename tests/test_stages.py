@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from electra_wrap import paths, process, stages, storage
+from electra_wrap import paths, process, stages, storage, training
 from electra_wrap.errors import EnvironmentLacks, StageFailed, UsageError
 from electra_wrap.rundir import MANIFESTS, RunDir, write_json
 from electra_wrap.stages import Run
@@ -85,7 +85,7 @@ def test_more_steps_continue_the_training(trained: Run, make_run: MakeRun) -> No
     assert todo(more) == {"train": "at step 4 of 6"}
     stages.execute(more, "train")
     log = (trained.directory / "logs" / "train.log").read_text(encoding="utf-8")
-    assert [line.split("/")[0] for line in log.splitlines() if "loss:" in line] == ["1", "2", "3", "4", "5", "6"]
+    assert [json.loads(line)["step"] for line in log.splitlines() if "loss/total" in line] == [1, 2, 3, 4, 5, 6]
     assert more.recorded("train")["facts"]["from_step"] == 4
     with pytest.raises(UsageError, match=r"at step 6, train.steps = 5"):
         stages.plan(make_run(steps=5), "train")
@@ -504,14 +504,14 @@ def test_what_a_killed_stage_left_needs_no_room_again(make_run: MakeRun, text: P
 
 def test_a_loss_that_does_not_move_ends_training(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake's losses are 50, 25, 17 … at step 1, 2, 3; untrained guessing is 40."""
-    monkeypatch.setattr(stages, "PATIENCE", 0)
+    monkeypatch.setattr(training, "PATIENCE", 0)
     stages.execute(make_run("train.warmup_steps=2"), "train")
     with pytest.raises(StageFailed, match=r"the loss is 50.00 at step 1, as before training \(4\d\.\d\d\)"):
         stages.execute(make_run("model_name=other", "train.warmup_steps=1"), "train")
-    monkeypatch.setattr(stages, "PATIENCE", 1000)
+    monkeypatch.setattr(training, "PATIENCE", 1000)
     stuck = ("model_name=stuck", "train.learning_rate=0.777")
     stages.execute(make_run(*stuck), "train")
-    monkeypatch.setattr(stages, "PATIENCE", 0)
+    monkeypatch.setattr(training, "PATIENCE", 0)
     stages.execute(make_run(*stuck, "train.steps=6"), "train")  # nobody knows what its loss was at first
 
 

@@ -124,11 +124,11 @@ def files(model_dir: Path, step: int) -> list[Path]:
     return sorted(checkpoints.path(model_dir, step).rglob("model.safetensors"))
 
 
-def export(run: Run, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
+def export(run: Run, model_dir: Path, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
     """Write `out`/discriminator and `out`/generator as transformers loads them; `slots`: with Adam's, for training."""
     size = len(vocab.read(run.vocabulary))
     configs = {network: run.profile.hf_config(network, size) for network in NETWORKS}
-    job = {"checkpoint": str(checkpoints.path(run.model_dir, step)), "configs": configs, "out": str(out)}
+    job = {"checkpoint": str(checkpoints.path(model_dir, step)), "configs": configs, "out": str(out)}
     process.call("electra_wrap.native.exchange", {**job, "slots": slots}, log=run.log("convert"))
     for network, config in configs.items():
         write_json(out / network / "config.json", config)

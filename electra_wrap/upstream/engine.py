@@ -196,12 +196,12 @@ def files(model_dir: Path, step: int) -> list[Path]:
     return [model_dir / f"model.ckpt-{step}.{part}" for part in ("index", "data-00000-of-00001")]
 
 
-def export(run: Run, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
+def export(run: Run, model_dir: Path, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
     """Write `out`/discriminator and `out`/generator as transformers loads them; `slots`: with Adam's, for training."""
     size = len(vocab.read(run.vocabulary))
     job = {
         "task": "convert",
-        "checkpoint": str(run.model_dir / f"model.ckpt-{step}"),
+        "checkpoint": str(model_dir / f"model.ckpt-{step}"),
         "out": str(out),
         "slots": slots,
         "expected": {network: run.profile.hf_config(network, size) for network in NETWORKS},

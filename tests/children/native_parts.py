@@ -29,14 +29,14 @@ draws = (torch.arange(n) + 0.5) / n
 rows = hidden.repeat(n, 1).requires_grad_()
 table.requires_grad_()
 bias.requires_grad_()
-loss, sampled = model.masked_lm(rows, table, bias, labels, weights, draws)
+loss, sampled, of_each, right = model.masked_lm(rows, table, bias, labels, weights, draws)
 ours = torch.autograd.grad(2.5 * loss, (rows, table, bias))
 logits = rows @ table.T + bias
 plain = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
 theirs = torch.autograd.grad(2.5 * plain, (rows, table, bias))
 expected = n * logits[0].softmax(0)
 ends = torch.tensor([0.0, 1e-7, 0.5, 1.0])  # in float32, a number below 1 may be 1
-_, at_the_ends = model.masked_lm(rows[:4], table, bias, labels[:4], weights[:4], ends)
+_, at_the_ends, *_ = model.masked_lm(rows[:4], table, bias, labels[:4], weights[:4], ends)
 print(
     json.dumps(
         {

@@ -38,11 +38,11 @@ def recorded_optimizer(network, *arguments):
 
 
 def recorded_masked_lm(*arguments):
-    loss, sampled = masked_lm(*arguments)
+    loss, sampled, *rest = masked_lm(*arguments)
     if given is not None:
         sampled = torch.from_numpy(next(given))
     record(sampled=sampled)
-    return loss, sampled
+    return loss, sampled, *rest
 
 
 def recorded_forward(self, batch):
