@@ -50,6 +50,7 @@ def train(directory: Path) -> bool:
     """
     profile = _profile(directory)
     keys, model_dir = profile.train, directory / "models" / profile.model_name
+    model_dir.mkdir(parents=True, exist_ok=True)
     stop = _Stop()
     accelerator = _accelerator(profile)
     share = accelerator.num_processes * keys.micro_batches
