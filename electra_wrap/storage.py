@@ -40,8 +40,10 @@ def estimate(run: Run) -> dict[str, int]:
     return {
         "corpus": text,
         run.engine.DATA: int(tokens * run.engine.bytes_per_token(size)),
-        # Weights and the two slots of Adam; both networks have the same embeddings. One more while it is written.
-        "train": (3 * (sum(weights.values()) - shared) + GRAPH) * (min(keys.train.keep or most, most) + 1),
+        # Weights and the two slots of Adam; both networks have the same embeddings. One more while it is written, and
+        # the best.
+        "train": (3 * (sum(weights.values()) - shared) + GRAPH)
+        * (min(keys.train.keep or most, most) + 1 + bool(keys.train.evaluate_every)),
         "convert": sum(weights.values()),
     }
 

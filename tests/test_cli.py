@@ -100,8 +100,7 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
         "electra_wrap.check": "import torch, transformers; transformers.ElectraForPreTraining",
         "electra_wrap.weights": "import tensorflow; tensorflow.train.load_checkpoint",
         "electra_wrap.upstream.tf1": "pass",
-        # TensorBoard's writer takes TensorFlow where it can.
-        "electra_wrap.native.train": "from torch.utils.tensorboard import SummaryWriter; SummaryWriter('x').close()",
+        "electra_wrap.native.train": "pass",
         "electra_wrap.native.records": "electra_wrap.native.records.convert('.', 0, 0, 'out')",
     }[module]
     code = f"import sys, {module}\n{touch}\nprint(*sorted({{'tensorflow', 'torch', 'triton'}} & set(sys.modules)))"

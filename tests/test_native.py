@@ -18,7 +18,7 @@ import test_weights
 from conftest import SPANISH, TESTS, child, tiny
 from safetensors.numpy import load_file
 
-from electra_wrap import process, stages, vocab, weights
+from electra_wrap import metrics, process, stages, vocab, weights
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.native import checkpoints, examples
 from electra_wrap.native import engine as native_engine
@@ -409,6 +409,56 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert {**lines(seen), **rest} == undisturbed[1] and len(undisturbed[1]) == 12
     ends = [checkpoints.path(one.model_dir, 12) / "model.safetensors" for one in (run, undisturbed[0])]
     assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def evaluated(text: str) -> dict[str, float]:
+    """The metrics that an evaluation printed."""
+    (line,) = (json.loads(line) for line in text.splitlines() if line.startswith('{"evaluated"'))
+    return {key: value for key, value in line.items() if "/" in key}
+
+
+def test_evaluations_on_the_way_do_not_disturb_training(
+    undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
+) -> None:
+    """Bit for bit, dropout included; and two processes and micro-batches evaluate as one does."""
+    found = []
+    for micro_batches, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
+        run = copy(undisturbed[0], tmp_path / str(micro_batches))
+        keys = run.profile.model_dump()
+        keys["train"] |= {"evaluate_every": 7, "micro_batches": micro_batches}
+        (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
+        if micro_batches == 2:
+            shutil.copytree(
+                checkpoints.path(tmp_path / "1" / "models" / run.profile.model_name, 7), run.model_dir / "step-7"
+            )
+            argv = ["-m", "electra_wrap.native.train", str(run.directory.path), "7"]
+            text = start(run, *launcher, *argv).communicate(timeout=300)[0]
+        else:
+            text = start(run).communicate(timeout=300)[0]
+            assert lines(text) == undisturbed[1]
+        found.append(evaluated(text))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.upstream
+def test_evaluation_is_upstreams(upstream: Path, undisturbed: tuple[Run, Any], tmp_path: Path) -> None:
+    """The same checkpoint, held-out examples, masks and samples in upstream's graph, by its do_eval."""
+    run = undisturbed[0]
+    ours = evaluated(child("native_evaluation.py", run.directory.path, "12", tmp_path / "batches.npz"))
+    exported = tmp_path / "exported"
+    native_engine.export(run, run.model_dir, 12, exported)
+    networks = {name: str(exported / name) for name in NETWORKS}
+    (tmp_path / "models").mkdir()
+    test_weights.call(task="convert_back", step=12, out=str(tmp_path / "models" / "theirs"), **networks)
+    shutil.copy(run.vocabulary, tmp_path)
+    (tmp_path / "hparams.json").write_text(json.dumps(run.hparams()), encoding="utf-8")
+    arguments = (tmp_path / "hparams.json", tmp_path / "batches.npz", tmp_path / "models" / "theirs" / "model.ckpt-12")
+    told = child("upstream_evaluation.py", upstream, tmp_path, "theirs", *arguments)
+    theirs = json.loads(told.splitlines()[-1])
+    assert {ours: theirs[name] for name, ours in metrics.UPSTREAM.items()} == {
+        name: pytest.approx(ours[name], rel=1e-5, abs=1e-6) for name in metrics.UPSTREAM.values()
+    }
+    assert 0.3 < ours["discriminator/auc"] < 1 and len(np.load(tmp_path / "batches.npz")["ids"]) > 1
 
 
 @pytest.mark.slow

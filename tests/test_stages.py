@@ -201,7 +201,7 @@ def test_a_build_goes_on_with_the_parts_that_are_missing(make_run: MakeRun, text
     before = run.log("tfrecords").read_text(encoding="utf-8").count("job 0 begins")
     (run.directory / "mended").touch()
     stages.execute(make_run(*keys), "tfrecords")
-    assert make_run(*keys).recorded("tfrecords")["facts"] == {"examples": 4}
+    assert make_run(*keys).recorded("tfrecords")["facts"] == {"examples": 4, "held_out_examples": 0}
     assert run.log("tfrecords").read_text(encoding="utf-8").count("job 0 begins") == before == 1
     assert not built(run), "what was worked in is gone when all is done"
 
@@ -347,7 +347,7 @@ def test_scripts_get_a_clean_environment(make_run: MakeRun, monkeypatch: pytest.
     stages.execute(run, "train")
     log = run.log("train").read_text(encoding="utf-8")
     assert "\nclean\n" in log
-    assert '{"seed": 5, "precision": "tf32", "xla": true} -1 --tf_xla_cpu_global_jit' in log
+    assert '{"seed": 5, "precision": "tf32", "xla": true, "stop": 4} -1 --tf_xla_cpu_global_jit' in log
     everything = b"".join(p.read_bytes() for p in run.directory.path.rglob("*") if p.is_file())
     assert b"secret" not in everything
 
