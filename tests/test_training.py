@@ -185,9 +185,9 @@ def test_text_that_training_has_is_no_held_out_text(
     stages.execute(run, "evaluate")
     assert "of the held-out text are lines that training has too" in capsys.readouterr().err
     assert run.recorded("evaluate") | {"facts": {}} == run.recorded("evaluate"), "the run goes on without"
-    with pytest.raises(UsageError, match='set corpus.deduplicate = "lines"'):
+    with pytest.raises(UsageError, match=r'set corpus.deduplicate = "lines"'):
         stages.evaluate(run, None)
-    with pytest.raises(UsageError, match='set corpus.deduplicate = "lines"'):
+    with pytest.raises(UsageError, match=r'set corpus.deduplicate = "lines"'):
         stages.execute(make_run("train.evaluate_every=2", corpus=tmp_path / "twice.txt", steps=5), "train")
 
 

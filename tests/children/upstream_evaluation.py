@@ -7,6 +7,7 @@ is put in place of upstream's functions is where numbers would be random, and th
 import json
 import os
 import sys
+from pathlib import Path
 
 checkout, data_dir, model_name, hparams, batches = sys.argv[1:6]
 sys.path.insert(0, checkout)
@@ -32,7 +33,7 @@ arrays = {
     "sampled": given["sampled"].reshape(given["positions"].shape),
 }
 arrays = {name: value.astype(np.float32 if "weights" in name else np.int32) for name, value in arrays.items()}
-with open(hparams) as file:
+with Path(hparams).open() as file:
     config = configure_pretraining.PretrainingConfig(
         model_name,
         data_dir,
