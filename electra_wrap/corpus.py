@@ -341,7 +341,7 @@ def seen_share(text: Path, held_out: Path) -> float:
     for path in held_out.iterdir():
         with path.open("rb") as file:
             for line in file:
-                lines[line] += len(line)
+                lines[line] += len(line) if line != b"\n" else 0
     unseen = dict(lines)
     for path in text.iterdir():
         with path.open("rb") as file:
