@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from electra_wrap import check, corpus, parts, process, sources, storage, training, vocab
+from electra_wrap import card, check, corpus, parts, process, sources, storage, training, vocab
 from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
-from electra_wrap.profile import ENGINES, NETWORKS, Network, Profile
+from electra_wrap.profile import ENGINES, NETWORKS, Profile
 from electra_wrap.progress import Meter, duration, say
 from electra_wrap.rundir import RunDir, finish, output, partial, remove, whole, write_json, write_text
 
@@ -469,6 +469,8 @@ def _convert_inputs(run: Run) -> dict[str, Any]:
         "tokenizer.lowercase": run.profile.tokenizer.lowercase,
         "tokenizer.strip_accents": run.profile.tokenizer.strip_accents,
         "description": run.profile.description,
+        "language": run.profile.language,
+        **({f"evaluation {key}": value for key, value in card.evaluation(run, found[0]).items()} if found else {}),
     }
 
 
@@ -489,7 +491,7 @@ def _export(run: Run, model_dir: Path, step: int, made_by: Any, out: Path) -> di
         vocab.write_tokenizer(
             out / network, vocab.read(run.vocabulary), max_length=length, **run.profile.tokenizer.rules
         )
-        write_text(out / network / "README.md", model_card(run, network, step, made_by))
+        write_text(out / network / "README.md", card.card(run, network, step, made_by))
     return facts
 
 
@@ -513,23 +515,6 @@ def convert(directory: Path, wanted: int | Literal["best"] | None, out: Path, fo
 def no_checkpoint(run: Run, wanted: int | None) -> str:
     which = "checkpoint" if wanted is None else f"whole checkpoint of step {wanted:,}"
     return f"{run.model_dir} has no {which}; first `run`, or choose another --step"
-
-
-def model_card(run: Run, network: Network, step: int, made_by: Any) -> str:
-    """Return the README.md of a model that an engine exported, with the metadata that the hub reads."""
-    profile, shape = run.profile, run.profile.model.shape(network)
-    lines = run.recorded("corpus").get("facts", {}).get("lines")
-    card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return card.format(
-        network=network,
-        model_class={"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}[network],
-        **{"language": profile.language, "name": profile.model_name, "description": profile.description},
-        **{"layers": shape.num_hidden_layers, "hidden": shape.hidden_size, "length": profile.model.max_seq_length},
-        **{"step": step, "batch": profile.train.batch_size, "credit": made_by.CREDIT},
-        text=f"{lines:,} lines of text" if lines else "records made elsewhere",
-        case="lowercased" if profile.tokenizer.lowercase else "cased",
-        accents="stripped" if profile.tokenizer.strip_accents else "kept",
-    )
 
 
 def _check(run: Run) -> dict[str, Any]:
