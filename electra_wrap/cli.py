@@ -229,6 +229,19 @@ def detect(arguments: argparse.Namespace) -> None:
 
 
 @_command(
+    "upload a run's models to a hub",
+    *(*_PROFILE, _RUN_DIR),
+    _argument("--push-to-hub", required=True, metavar="NAME", help="to NAME-discriminator and NAME-generator"),
+    _argument("--public", action="store_true", help="make the repositories public (default: private)"),
+)
+def export(arguments: argparse.Namespace) -> None:
+    from electra_wrap import hub
+
+    for url in hub.push(_run(arguments), arguments.push_to_hub, public=arguments.public):
+        print(url, flush=True)
+
+
+@_command(
     "measure how fast a profile trains here, with either engine",
     *_PROFILE,
     _argument("--engine", action="append", choices=profile.ENGINES, help="only this one (default: both)"),
