@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import __version__, corpus, sources, vocab
-from electra_wrap.profile import NETWORKS, Network
+from electra_wrap.profile import NETWORKS, Network, toml
 
 if TYPE_CHECKING:
     from electra_wrap.stages import Run
@@ -87,7 +86,7 @@ def card(run: Run, network: Network, step: int, made_by: Any) -> str:
         shapes={each: profile.model.shape(each) for each in NETWORKS},
         settings=_settings(run, step, made_by),
         **{"metrics": metrics, "evaluated": evaluated.get("examples")},
-        toml="\n".join(_toml(_portable(profile.model_dump()))),
+        toml=toml(_portable(profile.model_dump())),
         versions=_versions(run),
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # the names of files need not be Unicode
@@ -170,14 +169,3 @@ def _portable(values: dict[str, Any]) -> dict[str, Any]:
     source = _shown(given) if isinstance(given, str) else list(map(_shown, given))
     tokenizer = {**values["tokenizer"], "source": _shown(values["tokenizer"]["source"])}
     return {**values, "corpus": {**values["corpus"], "source": source}, "tokenizer": tokenizer}
-
-
-def _toml(values: dict[str, Any]) -> list[str]:
-    """Lines of TOML; a key without a value is left out."""
-    lines = []
-    for key, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
-        if isinstance(value, dict):
-            lines += ["", f"[{key}]", *_toml(value)]
-        elif value is not None:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-    return lines

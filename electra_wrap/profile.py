@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -322,6 +323,18 @@ def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
+
+
+def toml(values: Mapping[str, Any]) -> str:
+    """The TOML of a profile's values; a key without a value is left out."""
+    sections = {"": {key: value for key, value in values.items() if not isinstance(value, dict)}}
+    sections |= {key: value for key, value in values.items() if isinstance(value, dict)}
+    lines = []
+    for name, section in sections.items():
+        given = {key: value for key, value in section.items() if value is not None}
+        lines += ["", f"[{name}]"] if name else []
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    return "\n".join(lines) + "\n"
 
 
 def shipped() -> Iterator[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import io
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from matplotlib.ticker import EngFormatter
 
 from electra_wrap import __version__, check, paths, process, scalars, stages, training
 from electra_wrap.errors import ElectraWrapError, UsageError
-from electra_wrap.profile import NETWORKS
+from electra_wrap.profile import NETWORKS, toml
 from electra_wrap.progress import duration, say
 from electra_wrap.rundir import write_text
 from electra_wrap.stages import Run
@@ -161,17 +160,6 @@ def _facts(run: Run, name: str) -> dict[str, Any]:
         "patches": [path.stem for path in sorted(paths.PATCHES.glob("*.patch"))],
         "sentences": _sentences(run),
     }
-
-
-def toml(profile: dict[str, Any]) -> str:
-    """A profile as the TOML file that gives it again."""
-    top = {key: value for key, value in profile.items() if not isinstance(value, dict)}
-    sections = {"": top, **{key: value for key, value in profile.items() if isinstance(value, dict)}}
-    return "\n".join(
-        (f"[{name}]\n" if name else "")
-        + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items() if value is not None)
-        for name, section in sections.items()
-    )
 
 
 def _sentences(run: Run) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from conftest import child, tiny
 
 from electra_wrap import corpus, metrics, report, scalars, stages, training
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import Profile
+from electra_wrap.profile import Profile, toml
 from electra_wrap.rundir import RunDir, whole
 from electra_wrap.stages import Run
 
@@ -236,7 +236,7 @@ def test_reports_compare_runs_and_overwrite_reports_only(learned: Run, tmp_path:
 
 
 def test_the_profile_in_a_report_is_the_runs(learned: Run, tmp_path: Path) -> None:
-    (tmp_path / "again.toml").write_text(report.toml(learned.profile.model_dump()), encoding="utf-8")
+    (tmp_path / "again.toml").write_text(toml(learned.profile.model_dump()), encoding="utf-8")
     assert Profile.load(str(tmp_path / "again.toml")) == learned.profile
 
 
