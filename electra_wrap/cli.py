@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -201,31 +202,58 @@ def convert(arguments: argparse.Namespace) -> None:
 @_command(
     "ask a discriminator which tokens were replaced",
     _argument("--model", required=True, metavar="DIR", help="run directory, or a converted discriminator"),
-    _argument("text", nargs="+", metavar="TEXT"),
-    _argument("--verbose", action="store_true", help="show the probabilities"),
-    _JSON,
+    _argument("text", nargs="*", metavar="TEXT", help="default: each line of stdin, as with -"),
+    _argument("--file", metavar="FILE", help="each line is a text"),
+    _argument("--replace", action="store_true", help="have the generator replace tokens first, as in training"),
+    _argument("--seed", type=int, metavar="N", help="… others with another seed (default: 0)"),
+    _argument("--json", action="store_true", help="print JSON: an array, or an object a line for --file and stdin"),
 )
 def detect(arguments: argparse.Namespace) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from electra_wrap import check, screen
+    from electra_wrap.progress import say
 
-    from electra_wrap import check, process
-
+    if arguments.text and arguments.file:
+        raise UsageError("--file goes with no TEXT; leave out one of them")
+    if arguments.seed is not None and not arguments.replace:
+        raise UsageError("--seed has an effect with --replace only; give both")
     model = check.find_discriminator(Path(arguments.model).absolute())
-    results = process.call(
-        "electra_wrap.check", {"task": "detect", "model": str(model), "texts": arguments.text}, env=check.ENVIRONMENT
-    )
-    if arguments.json:
-        return _print_json(results)
-    console = Console()
+    job: dict[str, Any] = {"task": "detect", "model": str(model)}
+    if arguments.replace:
+        check.find_generator(model)
+        job = {"task": "replace", "model_dir": str(model), "seed": arguments.seed or 0}
+    file = arguments.file or ("-" if arguments.text in ([], ["-"]) else None)
+    if typed := file == "-" and sys.stdin.isatty():
+        say("each line is a text; Ctrl-D ends")
+    results = check.ask(job, _texts(file, arguments.text), 1 if typed else check.BATCH)
+    if not arguments.json:
+        return screen.show(results, arguments.replace)
+    if file is None:
+        return _print_json(list(results))
     for result in results:
-        table = Table(*result["tokens"], box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_row(*(f"[bold red]{r}[/]" if r else str(r) for r in result["replaced"]))
-        if arguments.verbose:
-            table.add_row(*(f"{p:.3f}" for p in result["probabilities"]))
-        # Not wrapped: a table that is broken across lines cannot be read.
-        console.print(table, width=max(console.width, sum(len(t) + 4 for t in result["tokens"]) + 40), crop=False)
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def _texts(file: str | None, arguments: list[str]) -> Iterator[str]:
+    """Yield texts, without blank ones: the lines of a file ("-" is stdin), or if there is none the arguments.
+
+    UsageError if one is not UTF-8, or all are blank.
+    """
+    found, where, what = False, file or "the command", "line" if file else "text"
+    with contextlib.ExitStack() as stack:
+        lines: Iterable[bytes] = map(os.fsencode, arguments)
+        if file:
+            where = "stdin" if file == "-" else file
+            lines = sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise UsageError(f"{what} {number:,} of {where} is not UTF-8; convert it, e.g. with iconv") from None
+            if text.strip():
+                found = True
+                yield text
+    if not found:
+        raise UsageError(f"{where} has no text; give a sentence")
 
 
 @_command(

@@ -19,8 +19,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,38 @@ def call(module: str, job: Mapping[str, Any], *, log: Path | None = None, env: M
     return answer["result"]
 
 
+def calls(module: str, jobs: Iterable[Mapping[str, Any]], *, env: Mapping[str, str] = {}) -> Generator[Any, None, None]:
+    """Yield `call`'s result for each job, in order, all from one process; a job is taken when its result is wanted."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=environment(env),
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            encoding="utf-8",
+            errors="replace",
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - a system call, no lock
+        )
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            for job in jobs:
+                with contextlib.suppress(BrokenPipeError):  # it died, and the end of its output will tell
+                    print(json.dumps(job), file=child.stdin, flush=True)
+                found = next((line for line in child.stdout if line.startswith(('{"result"', '{"error"'))), None)
+                if found is None:
+                    log.seek(0)
+                    end = "\n".join(log.read().strip().splitlines()[-TAIL:])
+                    raise StageFailed(f"{module} ended with code {child.wait()}; see above", end)
+                answer = json.loads(found)
+                hear(answer, None)
+                yield answer["result"]
+        finally:
+            child.kill()
+            child.communicate()
+
+
 def hear(answer: Mapping[str, Any], log: Path | None) -> None:
     """Raise the error that a child told us, if that is what its line of JSON is."""
     if "error" in answer:
@@ -256,9 +289,10 @@ def telling() -> Iterator[None]:
 
 
 def serve(*functions: Callable[..., Any]) -> None:
-    """The child's side of `call`: read the job from stdin, print what the function of its `task` returns as JSON."""
+    """The child's side of `call`: read jobs from stdin, print what the function of each `task` returns as JSON."""
     with telling():
-        job = json.load(sys.stdin)
-        task = job.pop("task", functions[0].__name__)
-        function = next(function for function in functions if function.__name__ == task)
-        print(json.dumps({"result": function(**job)}, ensure_ascii=False), flush=True)
+        for line in sys.stdin:
+            job = json.loads(line)
+            task = job.pop("task", functions[0].__name__)
+            function = next(function for function in functions if function.__name__ == task)
+            print(json.dumps({"result": function(**job)}, ensure_ascii=False), flush=True)

@@ -60,12 +60,12 @@ def upstream() -> Path:
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m electra_wrap` as a user does, in an empty directory."""
 
-    def call(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "electra_wrap", *arguments],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent), **(env or {})},
-            stdin=subprocess.DEVNULL,
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
