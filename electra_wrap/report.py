@@ -44,7 +44,7 @@ FIGURES = (
 )
 
 #: Points of a curve: more cannot be seen, and a million steps would make a page of megabytes.
-POINTS = 200
+POINTS = 100
 
 #: Held-out lines that are shown as the models see them: how many, and of how many characters.
 SENTENCES, LENGTHS = 2, range(50, 110)
