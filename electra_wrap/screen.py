@@ -72,8 +72,9 @@ def show(results: Iterable[Mapping[str, Any]], generated: bool, console: Console
     """Print results of `check.detect`, or (`generated`) of `check.replace`, as they come."""
     console = console or _Console(highlight=False)
     total = Counts()
-    console.print(_legend(generated))
     for result in results:
+        if not total.texts:
+            console.print(_legend(generated))
         counts = Counts()
         for each in (counts, total):
             each.add(result)

@@ -25,7 +25,7 @@ for name, model_class, words in (
     model = model_class(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # such that probabilities are of all sizes
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.3)
     if name == "discriminator":  # which finds half of the tokens replaced
         with torch.no_grad():
             typical = model.eval()(torch.randint(len(words), (8, length))).logits.median()
