@@ -210,21 +210,24 @@ def _finite(directory: str, values: Any) -> Any:
 def _tokenizer(directory: str) -> Any:
     from transformers import AutoTokenizer
 
-    return _read(AutoTokenizer, directory)
+    return read(AutoTokenizer, directory)
 
 
 @functools.cache
 def _load(model_class: Any, directory: str) -> Any:
     """Load a model and insist that its file and its class agree on every parameter."""
-    model, report = _read(model_class, directory, output_loading_info=True, use_safetensors=True)
+    model, report = read(model_class, directory, output_loading_info=True, use_safetensors=True)
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if problems:
         raise UsageError(f"{directory} does not fit {model_class.__name__}: {problems}; convert it again")
     return model.eval()
 
 
-def _read(a_class: Any, directory: str, **keys: Any) -> Any:
-    """Load something of transformers' that may be from strangers: no code of theirs is run, no pickle read."""
+def read(a_class: Any, directory: str, **keys: Any) -> Any:
+    """Load something of transformers' that may be from strangers: no code of theirs is run, no pickle read.
+
+    UsageError if it cannot be loaded.
+    """
     try:
         return a_class.from_pretrained(directory, trust_remote_code=False, **keys)
     except Exception as error:  # each library behind it has errors of its own

@@ -32,7 +32,7 @@ HEAVY = {
         "native/records.py",
     },
     "torch": {"check.py", "native/devices.py", "native/exchange.py", "native/model.py", "native/train.py"},
-    "transformers": {"check.py", "native/model.py"},
+    "transformers": {"check.py", "finetune.py", "native/model.py"},
     "accelerate": {"native/train.py"},
     "datasets": {"sources.py"},
 }
@@ -90,7 +90,7 @@ def test_no_module_can_bring_tensorflow_and_torch_into_one_process() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("electra_wrap.check", "electra_wrap.weights", "electra_wrap.upstream.tf1"),
+        *("electra_wrap.check", "electra_wrap.finetune", "electra_wrap.weights", "electra_wrap.upstream.tf1"),
         *("electra_wrap.native.train", "electra_wrap.native.records"),
     ],
 )
@@ -98,6 +98,7 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
     """What the modules load at run time: check and train load PyTorch's side, the others TensorFlow's."""
     touch = {
         "electra_wrap.check": "import torch, transformers; transformers.ElectraForPreTraining",
+        "electra_wrap.finetune": "import transformers; transformers.Trainer",
         "electra_wrap.weights": "import tensorflow; tensorflow.train.load_checkpoint",
         "electra_wrap.upstream.tf1": "pass",
         "electra_wrap.native.train": "pass",
@@ -121,6 +122,7 @@ def test_each_child_process_imports_one_of_the_two(module: str, tmp_path: Path) 
         (["show", "--what", "nope"], 2, "invalid choice"),
         (["show", "--profile", "spanish-demo", "--what", "hparams"], 3, "run --until vocab"),
         (["detect", "--model", "nowhere", "x"], 2, "has no discriminator"),
+        (["finetune", "--model", "nowhere", "--task", "tagging", "--train", "x", "--test", "x"], 2, "has no discrim"),
         (["tensorboard"], 2, "has not trained yet"),
         (["bench", "--steps", "1"], 2, "too few to time"),
         (["bench", "--profile", "spanish-small"], 2, "--vocab-size N"),
