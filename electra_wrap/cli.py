@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import io
 import json
 import os
 import re
@@ -236,7 +238,7 @@ def detect(arguments: argparse.Namespace) -> None:
     if file is None:
         return _print_json(list(results))
     for result in results:
-        print(json.dumps(result, ensure_ascii=False))
+        _print_json(result, indent=None)
 
 
 def _texts(file: str | None, arguments: list[str]) -> Iterator[str]:
@@ -417,8 +419,9 @@ def _run_dirs(arguments: argparse.Namespace) -> list[Path]:
     ]
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def _print_json(value: Any, indent: int | None = 2) -> None:
+    utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    print(json.dumps(value, indent=indent, ensure_ascii=not utf8))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -467,4 +470,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def entry_point() -> None:
     logging.set_verbosity(logging.ERROR)  # what libraries log is not for our user
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know all of Unicode
     app.run(main, flags_parser=parse)

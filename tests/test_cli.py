@@ -136,6 +136,14 @@ def test_a_failure_is_one_line_and_a_code(cli: Cli, command: list[str], code: in
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+def test_a_terminal_that_knows_ascii_alone_is_no_error(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "spanish-tiny"\ndescription = "señal"\n', encoding="utf-8")
+    done = cli("show", "--profile", "mine.toml", env={"PYTHONIOENCODING": "ascii"})
+    assert json.loads(done.stdout)["description"] == "señal" and done.returncode == 0
+    done = cli("run", "--profile", "señal", env={"PYTHONIOENCODING": "ascii"})
+    assert done.stderr.startswith("electra_wrap: error: no profile 'se\\xf1al'") and done.returncode == 2
+
+
 def test_debug_shows_the_traceback(cli: Cli) -> None:
     assert "Traceback" in cli("--debug", "run", "--until", "nope").stderr
 
