@@ -365,9 +365,13 @@ def _train(run: Run) -> dict[str, Any]:
     gpus = choose_device(run, "train")
     start = _continue(run)
     began = time.monotonic()
-    if not start:
-        training.forget(run)
-    elif keys.evaluate_every and start % keys.evaluate_every == 0 and str(start) not in training.evaluations(run):
+    training.forget(run, start)
+    if (
+        start
+        and keys.evaluate_every
+        and start % keys.evaluate_every == 0
+        and str(start) not in training.evaluations(run)
+    ):
         training.evaluate(run, start, run.engine, gpus)  # for which a killed attempt had no time
     with training.Monitor(run, start, gpus) as monitor:
         try:
@@ -499,13 +503,15 @@ def convert(directory: Path, wanted: int | Literal["best"] | None, out: Path, fo
     """Export a run's latest checkpoint, its best or that of a step to `out`."""
     run = open_run(directory)
     model_dir = run.model_dir
-    if wanted == "best":
-        model_dir = training.best_dir(run)
-        found = next((step, one) for one in map(engine, ENGINES) for step in one.steps(model_dir))
-    elif (whole_one := run.checkpoint(wanted)) is None:
-        raise UsageError(no_checkpoint(run, wanted))
+    if wanted == "best" and (wanted := training.best(run)) is None:
+        raise UsageError(f"{model_dir} has no best checkpoint: nothing was evaluated; `evaluate` it first")
+    if (kept := model_dir / f"best-{wanted}").is_dir():
+        model_dir = kept
+        found = next(((step, one) for one in map(engine, ENGINES) for step in one.steps(kept)), None)
     else:
-        found = whole_one
+        found = run.checkpoint(wanted)
+    if found is None:
+        raise UsageError(no_checkpoint(run, wanted))
     step, made_by = found
     with output(out, force) as new:
         _export(run, model_dir, step, made_by, new)

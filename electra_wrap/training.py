@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import corpus, scalars, vocab
@@ -26,6 +25,9 @@ POWER_EVERY = 10.0
 
 #: Share of the held-out text that may be in lines which training has too. (Short ones come again and again.)
 MOST_SEEN = 0.5
+
+#: The directory of a checkpoint that is kept because it is the best.
+_BEST = re.compile(r"best-(\d+)")
 
 #: By what the best checkpoint is the best: the lowest of this on held-out text.
 BEST_BY = "loss/total"
@@ -68,7 +70,7 @@ class Monitor:
         self.loss = values["loss/total"]
         self.lowest = min(self.lowest, self.loss)
         self._meter.update(step, f"loss {self.loss:.4f}")
-        self._writer.write(step, {**values, **self._speed(step), **self._cost()})
+        self._writer.write(step, {**self._cost(), **values, **self._speed(step)})
         keys = self._run.profile.train
         if not self._start and step >= keys.warmup_steps + PATIENCE and self.lowest > 0.95 * self._untrained:
             raise StageFailed(
@@ -94,10 +96,10 @@ class Monitor:
     def _cost(self) -> dict[str, float]:
         now = time.monotonic()
         values = {"cost/hours": self._spent["cost/hours"] + (now - self._began) / 3600}
-        if self._gpus and now - self._measured > POWER_EVERY and (watts := power()) is not None:
-            self._spent["cost/kilowatt_hours"] += watts * (now - self._measured) / 3.6e6
+        if self._gpus and now - self._measured > POWER_EVERY and (told := driver()):
+            self._spent["cost/kilowatt_hours"] += told["cost/watts"] * (now - self._measured) / 3.6e6
             self._measured = now
-            values |= {"cost/kilowatt_hours": self._spent["cost/kilowatt_hours"], "cost/watts": watts}
+            values |= {**told, "cost/kilowatt_hours": self._spent["cost/kilowatt_hours"]}
         return values
 
 
@@ -105,10 +107,13 @@ class Monitor:
 COSTS = ("cost/hours", "cost/kilowatt_hours")
 
 
-def power() -> float | None:
-    """Watts that the GPUs draw at the moment; None if the driver does not tell."""
+def driver() -> dict[str, float]:
+    """What the GPUs' driver tells of them, added up: the power they draw and the memory in use; nothing if it does not.
+
+    Watts and GB, under TensorBoard's names.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=power.draw,memory.used", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(
             [*command, *([f"--id={visible}"] if visible else [])],
@@ -117,9 +122,11 @@ def power() -> float | None:
             check=True,
             timeout=POWER_EVERY,
         ).stdout
-        return sum(map(float, told.split()))
+        rows = [[float(value) for value in line.split(",")] for line in told.splitlines()]
+        watts, mebibytes = map(sum, zip(*rows, strict=True))
     except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+        return {}
+    return {"cost/watts": watts, "memory/gigabytes": mebibytes * 2**20 / 1e9}
 
 
 def record(run: Run, told: dict[str, Any]) -> None:
@@ -146,14 +153,6 @@ def best(run: Run) -> int | None:
     return min((int(step) for step in evaluations(run)), key=lambda s: evaluations(run)[str(s)][BEST_BY], default=None)
 
 
-def best_dir(run: Run) -> Path:
-    """Where the best checkpoint's weights are kept; UsageError if nothing was evaluated."""
-    step = best(run)
-    if step is None or not (directory := run.model_dir / f"best-{step}").is_dir():
-        raise UsageError(f"{run.model_dir} has no best checkpoint yet; first `run` or `evaluate`, with held-out text")
-    return directory
-
-
 def _keep(run: Run, step: int, made_by: Any) -> None:
     """Give the files of a checkpoint's weights a second name, under which they outlive it; forget the former best."""
     directory = run.model_dir / f"best-{step}"
@@ -166,17 +165,18 @@ def _keep(run: Run, step: int, made_by: Any) -> None:
                 link(file, target)
             write_sums(made_by.sums(new, step), made_by.files(new, step))
     for other in run.model_dir.glob("best-*"):
-        if re.fullmatch(r"best-\d+", other.name) and other != directory:
+        if _BEST.fullmatch(other.name) and other != directory:
             remove(other)
 
 
-def forget(run: Run) -> None:
-    """Begin anew: what was evaluated was another training's."""
-    run.model.pop("evaluations", None)
-    with scalars.Writer(run.model_dir / "eval", 0):
+def forget(run: Run, start: int) -> None:
+    """Forget what was evaluated after the step from which training goes on: those were other weights."""
+    run.model["evaluations"] = {step: found for step, found in evaluations(run).items() if int(step) <= start}
+    with scalars.Writer(run.model_dir / "eval", start + 1):
         pass
     for kept in run.model_dir.glob("best-*"):
-        run.directory.set_aside(kept)
+        if (match := _BEST.fullmatch(kept.name)) and int(match[1]) > start:
+            run.directory.set_aside(kept)
 
 
 def held_out(run: Run) -> int:

@@ -151,14 +151,22 @@ def test_an_evaluation_that_a_killed_attempt_missed_is_made_up_for(make_run: Mak
 
 
 def test_another_training_has_evaluations_of_its_own(make_run: MakeRun, fake_upstream: Path) -> None:
-    stages.execute(make_run("train.evaluate_every=2"), "evaluate")
+    """Begun anew, or gone on with at an earlier step: what was evaluated after it were other weights."""
+    stages.execute(make_run("train.evaluate_every=2", steps=7), "evaluate")
     run = make_run()
+    for step in (6, 7):
+        for file in run.model_dir.glob(f"model.ckpt-{step}.*"):
+            file.unlink()
+    training.forget(run, 5)
+    assert set(training.evaluations(run)) == {"2", "4"} and training.best(run) == 4
+    assert (run.model_dir / "best-4").is_dir()
+    assert [step for step, _, _ in scalars.read(run.model_dir / "eval")["loss/total"]] == [2, 4]
     for file in run.model_dir.glob("model.ckpt-*"):
         file.unlink()
     stages.execute(make_run(), "train")
     run = make_run()
     assert training.evaluations(run) == {} and training.best(run) is None
-    assert all(".old-" in path.name for path in run.model_dir.glob("best-*"))
+    assert [path.name for path in run.model_dir.glob("best-*")] == ["best-4.old-1"]
     assert not any(scalars.read(run.model_dir / "eval").values())
 
 
@@ -196,15 +204,15 @@ def test_evaluations_on_the_way_need_held_out_text(make_run: MakeRun) -> None:
         make_run("train.evaluate_every=2", "corpus.held_out=0")
 
 
-def test_the_power_of_all_gpus_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_driver_tells_of_all_gpus_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert training.power() is None
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text('#!/bin/sh\ncase "$*" in *--id=0,2*) echo 250.5; echo 100;; *) echo "[N/A]";; esac\n')
-    driver.chmod(0o755)
-    assert training.power() is None
+    assert training.driver() == {}
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ncase "$*" in *--id=0,2*) echo 250.5, 1000; echo 100, 24;; *) echo "[N/A], 3";; esac\n')
+    smi.chmod(0o755)
+    assert training.driver() == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert training.power() == 350.5
+    assert training.driver() == {"cost/watts": 350.5, "memory/gigabytes": pytest.approx(1024 * 2**20 / 1e9)}
 
 
 def test_a_report_needs_nothing_else_and_says_what_was_measured(learned: Run, tmp_path: Path) -> None:

@@ -267,12 +267,7 @@ def _values(found: dict[str, Any]) -> dict[str, float]:
     right = found["masked_lm_preds"] == found["masked_lm_ids"]
     tally.add_generator(right, np.zeros_like(right), found["mlm_loss"], found["masked_lm_weights"])
     tally.add_discriminator(found["logits"], found["disc_labels"], found["input_mask"])
-    gpus = tf.config.list_logical_devices("GPU")
-    memory = (
-        tf.config.experimental.get_memory_info(gpus[0].name.removeprefix("/device:"))["peak"]
-        if gpus
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     values = tally.values()
     del values["generator/sampled_accuracy"]
     return {
@@ -281,5 +276,6 @@ def _values(found: dict[str, Any]) -> dict[str, float]:
         "loss/discriminator": float(found["discriminator"]),
         "train/learning_rate": float(found["learning_rate"]),
         "train/gradient_norm": float(found["gradient_norm"]),
-        "memory/gigabytes": memory / 1e9,
+        # A GPU's memory is told by its driver (training.py).
+        **({"memory/gigabytes": rss * 1024 / 1e9} if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1" else {}),
     }
