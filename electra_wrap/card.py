@@ -131,8 +131,8 @@ def _fit(run: Run) -> dict[str, float]:
 
 def _settings(run: Run, step: int, made_by: Any) -> list[tuple[str, Any]]:
     keys, model, facts = run.profile.train, run.profile.model, run.recorded("train").get("facts", {})
-    device = facts.get("device", "cpu")
-    gpus = [] if device == "cpu" else device
+    device = facts.get("device")
+    gpus = [] if device in (None, "cpu") else device
     engine = made_by.__name__.split(".")[-2]
     begun = facts.get("from_step")
     return [
@@ -145,8 +145,9 @@ def _settings(run: Run, step: int, made_by: Any) -> list[tuple[str, Any]]:
         ("weight decay", keys.weight_decay),
         ("seed", keys.seed),
         ("engine", engine + (f" (from step {begun:,})" if begun else "")),
-        ("precision", made_by.precision(keys.precision, gpus)),
-        ("device", f"{len(gpus)} × {gpus[0]}" if gpus else "CPU"),
+        # Of a training that goes on it is not known yet.
+        *([("precision", made_by.precision(keys.precision, gpus))] if device else []),
+        *([("device", f"{len(gpus)} × {gpus[0]}" if gpus else "CPU")] if device else []),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -77,7 +78,7 @@ def write(directories: Sequence[Path], out: Path | None = None) -> Path:
         version=__version__,
         lines=list(zip(itertools.cycle(COLOURS), names, strict=False)),
     )
-    write_text(out, page)
+    write_text(out, page.encode("utf-8", "replace").decode())  # the names of files need not be Unicode
     return out
 
 
@@ -103,14 +104,17 @@ def figures(curves: Sequence[dict[str, dict[str, np.ndarray]]], names: Sequence[
     for title, unit, tags in FIGURES:
         if not any(tag in found for one in curves for found in one.values() for tag in tags):
             continue
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that its own font lacks; the browser's has them
             figure = Figure(figsize=(4.2, 2.6), layout="constrained")
             axes = figure.subplots()
             for (i, one), (line, tag) in itertools.product(enumerate(curves), zip(LINES, tags, strict=False)):
                 what = [tag.split("/")[1]] if len(tags) > 1 else []
                 # One run: a colour for what it was trained on, and one for what it was not. Several: one for each.
                 first, second = COLOURS[:2] if len(curves) == 1 else [COLOURS[i % len(COLOURS)]] * 2
-                name = " ".join([names[i], *what] if len(curves) > 1 else [*what, "training"])
+                # What begins with "_" is no label, and "$" begins a formula.
+                shown = "\u200b" + names[i].replace("$", r"\$")
+                name = " ".join([shown, *what] if len(curves) > 1 else [*what, "training"])
                 if (curve := one["train"].get(tag)) is not None:
                     axes.plot(*thinned(curve).T, line, color=first, lw=1.2, label=name)
                 if (curve := one["eval"].get(tag)) is not None:
@@ -163,12 +167,18 @@ def _facts(run: Run, name: str) -> dict[str, Any]:
 
 
 def _sentences(run: Run) -> list[dict[str, Any]]:
-    """Held-out sentences: what the generator made of them and what the discriminator found; none without models."""
+    """Held-out sentences: what the generator made of them and what the discriminator found.
+
+    None if the models that are there are not those of the latest checkpoint.
+    """
+    (convert,) = (stage for stage in stages.stages(run) if stage.name == "convert")
+    if stages.reason(run, convert):
+        return []
     texts: list[str] = []
     for path in sorted((run.directory / "heldout").glob("*")):
         with path.open(encoding="utf-8", errors="replace") as file:
             texts += itertools.islice((line.strip() for line in file if len(line) in LENGTHS), SENTENCES - len(texts))
-    if not texts or not (run.directory / "hf").is_dir():
+    if not texts:
         return []
     job = {"task": "replace", "model_dir": str(run.directory / "hf"), "texts": texts, "seed": run.profile.train.seed}
     try:

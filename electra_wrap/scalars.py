@@ -6,8 +6,11 @@ TensorBoard's runs, models/NAME/train and models/NAME/eval, which use the same t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import platform
 import sys
 import time
 import types
@@ -22,14 +25,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: E402
 from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
 from tensorboard.plugins.text.summary_v2 import text_pb  # noqa: E402
-from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: E402
+
+from electra_wrap.upstream.records import RecordWriter  # noqa: E402
 
 
 class Writer:
-    """Appends to the events in a directory; those of `start` and later, of an attempt that was killed, are void."""
+    """Appends to the events in a directory; those of `start` and later, of an attempt that was killed, are void.
+
+    Nothing is said of a disk that is full: the work is worth more than its scalars.
+    """
 
     def __init__(self, directory: Path, start: int | None = None) -> None:
-        self._writer = EventFileWriter(str(directory))
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self._file = RecordWriter(str(directory / name))
+        self._add(0, file_version="brain.Event:2")
         if start is not None:
             self._add(start, session_log=SessionLog(status=SessionLog.START))
 
@@ -40,19 +50,21 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._add(step, summary=Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()]))
-        self._writer.flush()
 
     def text(self, step: int, tag: str, values: Mapping[str, Any]) -> None:
         """Write a table of two columns."""
         rows = "".join(f"| {key} | {json.dumps(value, ensure_ascii=False)} |\n" for key, value in values.items())
-        self._add(step, summary=text_pb(tag, f"| | |\n|---|---|\n{rows}"))
+        self._add(step, summary=text_pb(tag, f"| | |\n|---|---|\n{rows}".encode("utf-8", "replace").decode()))
 
     def _add(self, step: int, **what: Any) -> None:
-        self._writer.add_event(Event(wall_time=time.time(), step=step, **what))
+        with contextlib.suppress(OSError):
+            self._file.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+            self._file.flush()
 
 
 def read(directory: Path, *, void: bool = False) -> dict[str, list[tuple[int, float, float]]]:

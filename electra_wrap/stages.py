@@ -7,6 +7,7 @@ longer fits is set aside, never overwritten; a model that has trained is not eve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -14,13 +15,14 @@ import importlib.metadata
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from electra_wrap import card, check, corpus, parts, process, sources, storage, training, vocab
-from electra_wrap.errors import EnvironmentLacks, Interrupted, StageFailed, UsageError
+from electra_wrap.errors import ElectraWrapError, EnvironmentLacks, Interrupted, StageFailed, UsageError
 from electra_wrap.profile import ENGINES, NETWORKS, Profile
 from electra_wrap.progress import Meter, duration, say
 from electra_wrap.rundir import RunDir, finish, output, partial, remove, whole, write_json, write_text
@@ -50,6 +52,11 @@ class Run:
     directory: RunDir
     upstream: str | None = None
     launch: str | None = None
+
+    @property
+    def engines(self) -> list[Any]:
+        """The modules of all engines, any of which may have made what is here."""
+        return [engine(name) for name in ENGINES]
 
     @property
     def engine(self) -> Any:
@@ -361,7 +368,7 @@ def _train_inputs(run: Run) -> dict[str, Any]:
 def _train(run: Run) -> dict[str, Any]:
     keys = run.profile.train
     if keys.evaluate_every:
-        training.held_out(run)
+        training.held_out(run, run.engine)
     gpus = choose_device(run, "train")
     start = _continue(run)
     began = time.monotonic()
@@ -445,7 +452,7 @@ def _evaluate_inputs(run: Run) -> dict[str, Any]:
 
 def _evaluate(run: Run) -> dict[str, Any]:
     try:
-        training.held_out(run)
+        training.held_out(run, run.engine)
     except UsageError as error:
         say(f"evaluate: {error}")  # a model without metrics is still one
         return {}
@@ -455,14 +462,15 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 def evaluate(run: Run, wanted: int | None) -> dict[str, Any]:
     """Evaluate the latest checkpoint, or the `wanted` one, on the held-out text; return its step and the metrics."""
+    if not run.recorded("train"):
+        raise UsageError(no_checkpoint(run, None))
     with run.directory.lock():
-        training.held_out(run)
         if (found := run.checkpoint(wanted)) is None:
             raise UsageError(no_checkpoint(run, wanted))
         step, made_by = found
+        training.held_out(run, made_by)
         _refuse_other_settings(run, step, run.recorded("train"), _train_inputs(run))
         made_by.prepare(run)
-        write_json(run.directory / "profile.json", run.profile.model_dump())
         return {"step": step, **training.evaluate(run, step, made_by, choose_device(run, "evaluate"))}
 
 
@@ -500,22 +508,20 @@ def _export(run: Run, model_dir: Path, step: int, made_by: Any, out: Path) -> di
 
 
 def convert(directory: Path, wanted: int | Literal["best"] | None, out: Path, force: bool) -> None:
-    """Export a run's latest checkpoint, its best or that of a step to `out`."""
+    """Export a run's latest checkpoint, its best or that of a step to `out`/discriminator and `out`/generator."""
     run = open_run(directory)
-    model_dir = run.model_dir
     if wanted == "best" and (wanted := training.best(run)) is None:
-        raise UsageError(f"{model_dir} has no best checkpoint: nothing was evaluated; `evaluate` it first")
-    if (kept := model_dir / f"best-{wanted}").is_dir():
-        model_dir = kept
-        found = next(((step, one) for one in map(engine, ENGINES) for step in one.steps(kept)), None)
-    else:
-        found = run.checkpoint(wanted)
-    if found is None:
+        raise UsageError(f"{run.model_dir} has no best checkpoint: nothing was evaluated; `evaluate` it first")
+    if (found := training.locate(run, wanted)) is None:
         raise UsageError(no_checkpoint(run, wanted))
-    step, made_by = found
-    with output(out, force) as new:
-        _export(run, model_dir, step, made_by, new)
-    say(f"convert: step {step:,} is in {out}")
+    with contextlib.ExitStack() as stack:
+        new = {network: stack.enter_context(output(out / network, force)) for network in NETWORKS}
+        with tempfile.TemporaryDirectory(dir=out) as work:
+            _export(run, *found, Path(work))
+            for network, path in new.items():
+                for file in (Path(work) / network).iterdir():
+                    file.rename(path / file.name)
+    say(f"convert: step {found[1]:,} is in {out}")
 
 
 def no_checkpoint(run: Run, wanted: int | None) -> str:
@@ -700,7 +706,10 @@ def execute(run: Run, until: str | None = None, dry_run: bool = False) -> None:
     if until is None and (done or not (run.directory / "report.html").exists()):
         from electra_wrap import report  # which imports this module, and a plotting library
 
-        say(f"report: {report.write([run.directory.path])}")
+        try:
+            say(f"report: {report.write([run.directory.path])}")
+        except ElectraWrapError as error:  # the run is done all the same
+            say(f"report: {error}")
     what = f"{done} of {len(wanted)} stages done" if done else "nothing to do: everything is up to date"
     say(f"{what}, {duration(time.monotonic() - began)}")
 

@@ -36,7 +36,7 @@ def estimate(run: Run) -> dict[str, int]:
     size = run.recorded("vocab").get("facts", {}).get("vocab_size") or keys.tokenizer.vocab_size or 0
     weights = {network: 4 * keys.parameters(network, size) for network in NETWORKS}
     shared = 4 * size * keys.model.shape("discriminator").embedding_size
-    most = keys.train.steps // keys.train.save_every + 1
+    most = keys.train.steps // keys.train.save_every + keys.train.steps // (keys.train.evaluate_every or 2**40) + 1
     return {
         "corpus": text,
         run.engine.DATA: int(tokens * run.engine.bytes_per_token(size)),

@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_wrap import corpus, scalars, vocab
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.progress import Meter, say
-from electra_wrap.rundir import link, partial, remove, write_sums
+from electra_wrap.rundir import link, partial, remove, whole, write_sums
 
 if TYPE_CHECKING:
     from electra_wrap.stages import Run
@@ -66,11 +67,11 @@ class Monitor:
             record(self._run, told)
             self._step = None  # the time of an evaluation is not that of a step
             return
-        step, values = told["step"], {name: value for name, value in told.items() if name != "step"}
+        step, values = told["step"], {name: value for name, value in told.items() if "/" in name}
         self.loss = values["loss/total"]
         self.lowest = min(self.lowest, self.loss)
         self._meter.update(step, f"loss {self.loss:.4f}")
-        self._writer.write(step, {**self._cost(), **values, **self._speed(step)})
+        self._writer.write(step, {**self._cost(), **values, **self._speed(step, told["clock"])})
         keys = self._run.profile.train
         if not self._start and step >= keys.warmup_steps + PATIENCE and self.lowest > 0.95 * self._untrained:
             raise StageFailed(
@@ -79,12 +80,13 @@ class Monitor:
                 "model_name"
             )
 
-    def _speed(self, step: int) -> dict[str, float]:
-        now, profile = time.monotonic(), self._run.profile
+    def _speed(self, step: int, now: float) -> dict[str, float]:
+        """Speed and progress; `now` is the trainer's clock, because lines may have waited to be read."""
+        profile = self._run.profile
         sequences = step * profile.train.batch_size
         values = {"progress/examples": sequences, "progress/epochs": sequences / self._examples}
         if self._step is not None:
-            speed = (step - self._step) / (now - self._last)
+            speed = (step - self._step) / max(now - self._last, 1e-9)
             values |= {
                 "speed/steps_per_second": speed,
                 "speed/sequences_per_second": speed * profile.train.batch_size,
@@ -130,16 +132,25 @@ def driver() -> dict[str, float]:
 
 
 def record(run: Run, told: dict[str, Any]) -> None:
-    """Write down an evaluation: in the manifest and for TensorBoard. The best checkpoint is kept."""
-    step, metrics = told["evaluated"], {name: value for name, value in told.items() if name != "evaluated"}
-    run.model["evaluations"] = {**evaluations(run), str(step): metrics}
+    """Write down an evaluation: in the manifest and for TensorBoard. The best checkpoint is kept.
+
+    A kill at any moment leaves a best one: the new one is there before it is known, the former one until then.
+    """
+    step, metrics = (
+        told["evaluated"],
+        {name: value for name, value in told.items() if name not in ("evaluated", "clock")},
+    )
     with scalars.Writer(run.model_dir / "eval") as writer:
         writer.write(step, {name: value for name, value in metrics.items() if "/" in name})
+    run.model["evaluations"] = {**evaluations(run), str(step): metrics}
     shown = f"loss {metrics[BEST_BY]:.4f}, AUC {metrics['discriminator/auc']:.4f}"
-    if best(run) == step and (found := run.checkpoint(step)):
-        _keep(run, *found)
+    if is_best := best(run) == step:
+        _keep(run, step)
         shown += ", the best so far"
     run.directory.save()
+    for other in run.model_dir.glob("best-*") if is_best else ():
+        if _BEST.fullmatch(other.name) and other.name != f"best-{step}":
+            remove(other)
     say(f"evaluate: step {step:,} on {metrics['examples']:,} held-out examples: {shown}")
 
 
@@ -149,24 +160,33 @@ def evaluations(run: Run) -> dict[str, dict[str, float]]:
 
 
 def best(run: Run) -> int | None:
-    """The step with the lowest held-out loss of those that were evaluated."""
-    return min((int(step) for step in evaluations(run)), key=lambda s: evaluations(run)[str(s)][BEST_BY], default=None)
+    """The step with the lowest held-out loss of those that were evaluated and whose weights are there."""
+    found = sorted((values[BEST_BY], int(step)) for step, values in evaluations(run).items())
+    return next((step for _, step in found if locate(run, step)), None)
 
 
-def _keep(run: Run, step: int, made_by: Any) -> None:
-    """Give the files of a checkpoint's weights a second name, under which they outlive it; forget the former best."""
-    directory = run.model_dir / f"best-{step}"
-    if not directory.is_dir():
-        with partial(directory) as new:
+def locate(run: Run, step: int | None) -> tuple[Path, int, Any] | None:
+    """Where a step's whole checkpoint is (by default the latest's), its step, and the engine that made it, if any."""
+    kept = run.model_dir / f"best-{step}"
+    for made_by in run.engines:
+        if step is not None and step in made_by.steps(kept) and whole(made_by.sums(kept, step), run.directory.digest):
+            return kept, step, made_by
+    found = run.checkpoint(step)
+    return (run.model_dir, found[0], found[1]) if found else None
+
+
+def _keep(run: Run, step: int) -> None:
+    """Give the files of a checkpoint's weights a second name, under which they outlive it."""
+    found = locate(run, step)
+    if found and found[0] == run.model_dir:
+        directory, _, made_by = found
+        with partial(directory / f"best-{step}") as new:
             new.mkdir()
-            for file in made_by.files(run.model_dir, step):
-                target = new / file.relative_to(run.model_dir)
+            for file in made_by.files(directory, step):
+                target = new / file.relative_to(directory)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link(file, target)
             write_sums(made_by.sums(new, step), made_by.files(new, step))
-    for other in run.model_dir.glob("best-*"):
-        if _BEST.fullmatch(other.name) and other != directory:
-            remove(other)
 
 
 def forget(run: Run, start: int) -> None:
@@ -177,11 +197,12 @@ def forget(run: Run, start: int) -> None:
     for kept in run.model_dir.glob("best-*"):
         if (match := _BEST.fullmatch(kept.name)) and int(match[1]) > start:
             run.directory.set_aside(kept)
+    run.directory.save()
 
 
-def held_out(run: Run) -> int:
-    """Number of held-out examples, of whose text training sees little; else UsageError."""
-    examples = int(run.recorded(run.engine.DATA).get("facts", {}).get("held_out_examples", 0))
+def held_out(run: Run, made_by: Any) -> int:
+    """Number of an engine's held-out examples, of whose text training sees little; else UsageError."""
+    examples = int(run.recorded(made_by.DATA).get("facts", {}).get("held_out_examples", 0))
     if not examples:
         raise UsageError("no text is held out to evaluate on; raise corpus.held_out, or give more documents")
     facts = run.recorded("corpus")["facts"]

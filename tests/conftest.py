@@ -155,7 +155,7 @@ records.build(write_examples, p.parse_args())
 """
 
 FAKE_TRAIN = """
-import argparse, json, os, re
+import argparse, json, os, re, time
 p = argparse.ArgumentParser()
 for name in ("data-dir", "model-name", "hparams"):
     p.add_argument("--" + name, required=True)
@@ -176,7 +176,8 @@ if h["do_eval"]:
     print(json.dumps({**told, "loss/total": 100 + abs(step - 4)})) # step 4 is the best
     raise SystemExit
 for step in range(start + 1, runtime["stop"] + 1):
-    print(json.dumps({"step": step, "loss/total": 50 if h["learning_rate"] == 0.777 else 50 / step}))
+    loss = 50 if h["learning_rate"] == 0.777 else 50 / step
+    print(json.dumps({"step": step, "clock": time.monotonic(), "loss/total": loss}))
 for suffix in (".index", ".data-00000-of-00001"):
     open(os.path.join(d, "model.ckpt-%d%s" % (step, suffix)), "w").write(str(step))
 from electra_wrap.rundir import write_sums

@@ -358,7 +358,7 @@ def start(run: Run, *argv: str) -> subprocess.Popen[str]:
 def lines(text: str) -> dict[int, dict[str, float]]:
     """What training printed that does not depend on the machine, by step."""
     said = [json.loads(line) for line in text.splitlines() if line.startswith('{"step"')]
-    return {line.pop("step"): {k: v for k, v in line.items() if not k.startswith("memory/")} for line in said}
+    return {line.pop("step"): {k: v for k, v in line.items() if "/" in k and "memory" not in k} for line in said}
 
 
 def finish(run: Run, *argv: str) -> dict[int, dict[str, float]]:
@@ -420,22 +420,23 @@ def evaluated(text: str) -> dict[str, float]:
 def test_evaluations_on_the_way_do_not_disturb_training(
     undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
 ) -> None:
-    """Bit for bit, dropout included; and two processes and micro-batches evaluate as one does."""
+    """Bit for bit, dropout included; and two processes evaluate as one does."""
     found = []
-    for micro_batches, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
-        run = copy(undisturbed[0], tmp_path / str(micro_batches))
+    for processes, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
+        run = copy(undisturbed[0], tmp_path / str(processes))
+        profile = run.directory / "profile.json"
         keys = run.profile.model_dump()
-        keys["train"] |= {"evaluate_every": 7, "micro_batches": micro_batches}
-        (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
-        if micro_batches == 2:
-            shutil.copytree(
-                checkpoints.path(tmp_path / "1" / "models" / run.profile.model_name, 7), run.model_dir / "step-7"
-            )
-            argv = ["-m", "electra_wrap.native.train", str(run.directory.path), "7"]
-            text = start(run, *launcher, *argv).communicate(timeout=300)[0]
-        else:
+        keys["train"] |= {"evaluate_every": 7, "keep": 1}
+        profile.write_text(json.dumps(keys), encoding="utf-8")
+        if processes == 1:
             text = start(run).communicate(timeout=300)[0]
             assert lines(text) == undisturbed[1]
+            assert checkpoints.steps(run.model_dir) == [7, 12], "what was evaluated last outlives the others"
+        else:
+            theirs = tmp_path / "1" / "models" / run.profile.model_name
+            shutil.copytree(checkpoints.path(theirs, 7), checkpoints.path(run.model_dir, 7))
+            argv = ["-m", "electra_wrap.native.train", str(run.directory.path), "7", str(profile)]
+            text = start(run, *launcher, *argv).communicate(timeout=300)[0]
         found.append(evaluated(text))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 

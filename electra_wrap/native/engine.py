@@ -111,7 +111,9 @@ def train(run: Run, gpus: list[str], on_scalars: Callable[[dict[str, Any]], None
 
 def evaluate(run: Run, gpus: list[str], step: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
     """Evaluate a checkpoint on the held-out examples, as `train` does on its way."""
-    argv = [sys.executable, "-s", "-m", "electra_wrap.native.train", str(run.directory.path), str(step)]
+    profile = run.directory / "logs" / "evaluate.profile.json"  # the run's own is what it was trained with
+    write_json(profile, run.profile.model_dump())
+    argv = [sys.executable, "-s", "-m", "electra_wrap.native.train", str(run.directory.path), str(step), str(profile)]
     _trainer(argv, run.log("evaluate"), on_scalars)
 
 

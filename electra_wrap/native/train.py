@@ -1,8 +1,8 @@
 """Training, as a module of its own process or of several: `python -m electra_wrap.native.train RUN_DIR`.
 
 On one machine `run` starts it, with a process for each GPU. On several machines `torchrun … -m
-electra_wrap.native.train RUN_DIR` does, in a run directory that all of them see. With a step behind it, that
-checkpoint is evaluated instead. What it prints are lines of JSON.
+electra_wrap.native.train RUN_DIR` does, in a run directory that all of them see. With a step and a
+profile behind it, that checkpoint is evaluated instead. What it prints are lines of JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from electra_wrap.errors import EnvironmentLacks, UsageError, diverged
 from electra_wrap.native import checkpoints, engine, exchange, model
 from electra_wrap.native.batches import Batches, Masking
 from electra_wrap.native.examples import Store
-from electra_wrap.profile import NETWORKS, Profile
+from electra_wrap.profile import NETWORKS, Profile, Train
 
 #: The losses of a batch, under TensorBoard's names.
 LOSSES = {"loss": "loss/total", "generator": "loss/generator", "discriminator": "loss/discriminator"}
@@ -48,7 +49,7 @@ def train(directory: Path) -> bool:
     Each `log_every` steps a line with the scalars of that step's whole batch is printed, and each `evaluate_every`
     steps but the last one with the metrics of the held-out text.
     """
-    profile = _profile(directory)
+    profile = _profile(directory / "profile.json")
     keys, model_dir = profile.train, directory / "models" / profile.model_name
     model_dir.mkdir(parents=True, exist_ok=True)
     stop = _Stop()
@@ -96,7 +97,7 @@ def train(directory: Path) -> bool:
         if step % keys.save_every == 0 or evaluated or step == keys.steps or stopped:
             # A step whose gradients are not finite has made weights that are none either.
             _check(step, found["loss"].item(), norm.item())
-            _save(accelerator, model_dir, step, keys.keep)
+            _save(accelerator, model_dir, step, keys)
         if stopped:
             return False
         if evaluated:
@@ -104,13 +105,13 @@ def train(directory: Path) -> bool:
     return True
 
 
-def evaluate(directory: Path, step: int) -> bool:
+def evaluate(directory: Path, step: int, profile: Path) -> bool:
     """Evaluate the checkpoint of a step on the held-out examples: print a line with the metrics, and return True."""
-    profile, tokens = _profile(directory), vocab.read(directory / "vocab.txt")
-    accelerator = _accelerator(profile)
-    network = model.Electra({name: profile.hf_config(name, len(tokens)) for name in NETWORKS})
-    exchange.restore(checkpoints.path(directory / "models" / profile.model_name, step), network, None)
-    _evaluate(profile, directory, tokens, accelerator, accelerator.prepare(network), step)
+    keys, tokens = _profile(profile), vocab.read(directory / "vocab.txt")
+    accelerator = _accelerator(keys)
+    network = model.Electra({name: keys.hf_config(name, len(tokens)) for name in NETWORKS})
+    exchange.restore(checkpoints.path(directory / "models" / keys.model_name, step), network, None)
+    _evaluate(keys, directory, tokens, accelerator, accelerator.prepare(network), step)
     return True
 
 
@@ -118,26 +119,31 @@ def evaluate(directory: Path, step: int) -> bool:
 def _evaluate(
     profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, prepared: Any, step: int
 ) -> None:
-    """Evaluate on the held-out examples, each once and with the same masks and samples at each step."""
-    keys = profile.train
+    """Evaluate on the held-out examples, with the same masks and samples at each step.
+
+    Each is read once, but for those that do not fill a batch. Processes take batches in turn, so that batches, masks
+    and samples do not depend on how many there are.
+    """
     store = Store(directory / engine.OUTPUTS[1])
-    share = accelerator.num_processes * keys.micro_batches
-    size = min(keys.batch_size, len(store) // share * share)
-    if not size:
-        raise UsageError(
-            f"the held-out text gives {len(store)} examples, fewer than {share} processes × micro-batches; hold out "
-            "more, or set train.micro_batches=1"
-        )
-    batches = _divided(profile, store, tokens, accelerator, size, shuffled=False)
-    tally, totals = metrics.Tally(), torch.zeros(len(LOSSES), device=accelerator.device)
+    size = min(profile.train.batch_size // profile.train.micro_batches, len(store))
     number = len(store) // size
-    prepared.eval()
-    for place in range(number * keys.micro_batches):
+    batches = Batches(
+        store,
+        _masking(profile, tokens),
+        length=profile.model.max_seq_length,
+        batch_size=size,
+        seed=profile.train.seed,
+        shuffled=False,
+    )
+    tally, totals = metrics.Tally(), torch.zeros(len(LOSSES), device=accelerator.device)
+    network = getattr(prepared, "module", prepared)  # which DDP wraps
+    network.eval()
+    for place in range(accelerator.process_index, number, accelerator.num_processes):
         batch = _to(accelerator.device, batches[place])
-        found = prepared(batch)
+        found = network(batch)
         totals += torch.stack([found[name] for name in LOSSES])
         _count(tally, batch, found)
-    prepared.train()
+    network.train()
     values = _scalars(accelerator, tally, totals / number)
     # As upstream has it: the total is a mean over batches, the other two over masked tokens and over examples.
     values |= {name: tally.values()[name] for name in ("loss/generator", "loss/discriminator")}
@@ -174,8 +180,8 @@ def _memory(accelerator: Accelerator) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _profile(directory: Path) -> Profile:
-    return Profile.model_validate_json((directory / "profile.json").read_text(encoding="utf-8"))
+def _profile(path: Path) -> Profile:
+    return Profile.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def _accelerator(profile: Profile) -> Accelerator:
@@ -221,7 +227,16 @@ def _restore(accelerator: Accelerator, network: model.Electra, adam: Any, model_
 def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: Accelerator, start: int) -> Any:
     """Return an iterator over this process's micro-batches of the steps after `start`."""
     keys, store = profile.train, Store(directory / engine.OUTPUTS[0])
-    batches = _divided(profile, store, tokens, accelerator, keys.batch_size, shuffled=True)
+    batches = Batches(
+        store,
+        _masking(profile, tokens),
+        length=profile.model.max_seq_length,
+        batch_size=keys.batch_size,
+        seed=keys.seed,
+        micro_batches=keys.micro_batches,
+        processes=accelerator.num_processes,
+        process=accelerator.process_index,
+    )
     numbers = range(start * keys.micro_batches, keys.steps * keys.micro_batches)
     gpu = accelerator.device.type == "cuda"
     more = {"num_workers": WORKERS, "prefetch_factor": 8, "worker_init_fn": _ignore_signals} if gpu else {}
@@ -232,22 +247,9 @@ def _batches(profile: Profile, directory: Path, tokens: list[str], accelerator: 
     )
 
 
-def _divided(
-    profile: Profile, store: Store, tokens: list[str], accelerator: Accelerator, batch_size: int, shuffled: bool
-) -> Batches:
-    """The batches of a store, of which this process has its part."""
+def _masking(profile: Profile, tokens: list[str]) -> Masking:
     ids = {token: number for number, token in enumerate(tokens)}
-    return Batches(
-        store,
-        Masking(profile.model.mask_prob, ids["[MASK]"], (ids["[SEP]"], ids["[CLS]"])),
-        length=profile.model.max_seq_length,
-        batch_size=batch_size,
-        seed=profile.train.seed,
-        micro_batches=profile.train.micro_batches,
-        processes=accelerator.num_processes,
-        process=accelerator.process_index,
-        shuffled=shuffled,
-    )
+    return Masking(profile.model.mask_prob, ids["[MASK]"], (ids["[SEP]"], ids["[CLS]"]))
 
 
 def _to(device: torch.device, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -267,7 +269,7 @@ def _ignore_signals(worker: int) -> None:
 def _report(accelerator: Accelerator, step: int, values: dict[str, float]) -> None:
     """Print what a step gave. StageFailed if the loss is not finite."""
     if accelerator.is_main_process:
-        print(json.dumps({"step": step, **values}), flush=True)
+        print(json.dumps({"step": step, "clock": time.monotonic(), **values}), flush=True)
     _check(step, values["loss/total"], values["train/gradient_norm"])
 
 
@@ -301,8 +303,11 @@ class _Stop:
         return bool(accelerator.check_trigger())
 
 
-def _save(accelerator: Accelerator, model_dir: Path, step: int, keep: int) -> None:
-    """Save a checkpoint and remove those beyond the `keep` latest (0: keep all)."""
+def _save(accelerator: Accelerator, model_dir: Path, step: int, keys: Train) -> None:
+    """Save a checkpoint and remove those beyond the `keep` latest (0: keep all).
+
+    The last one that was evaluated stays: the command may not have had the time yet to keep it as the best.
+    """
     partial = model_dir / f"step-{step}.partial"
     if accelerator.is_main_process:
         partial.mkdir()  # an error if the model's directory is gone, with what it was mounted on, say
@@ -311,16 +316,22 @@ def _save(accelerator: Accelerator, model_dir: Path, step: int, keep: int) -> No
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.finish(partial, model_dir, step)
-        for old in checkpoints.steps(model_dir)[: -keep if keep else 0]:
-            shutil.rmtree(checkpoints.path(model_dir, old))
+        evaluated = step - step % keys.evaluate_every if keys.evaluate_every else None
+        for old in checkpoints.steps(model_dir)[: -keys.keep if keys.keep else 0]:
+            if old != evaluated:
+                shutil.rmtree(checkpoints.path(model_dir, old))
     accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     with process.telling():
         try:
-            run_dir, *checkpoint = sys.argv[1:]
-            done = evaluate(Path(run_dir), int(*checkpoint)) if checkpoint else train(Path(run_dir))
+            run_dir, *evaluated = sys.argv[1:]
+            if evaluated:
+                step, profile = evaluated
+                done = evaluate(Path(run_dir), int(step), Path(profile))
+            else:
+                done = train(Path(run_dir))
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(".")[0]
             raise EnvironmentLacks(f"the GPU's memory is too small ({reason}); raise train.micro_batches") from None

@@ -17,6 +17,7 @@ from electra_wrap import corpus, metrics, process, vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.native import engine as native
 from electra_wrap.profile import NETWORKS
+from electra_wrap.progress import say
 from electra_wrap.rundir import finish, link, remove, write_json, write_sums, write_text
 from electra_wrap.upstream import checkout
 
@@ -114,6 +115,11 @@ def train(run: Run, gpus: Sequence[str], on_scalars: Callable[[dict[str, Any]], 
         raise UsageError('--launch is for engine = "native"; the scripts know one process')
     start, last = max(steps(run.model_dir), default=0), run.profile.train.steps
     every = run.profile.train.evaluate_every or last
+    if every < last and every * run.profile.train.batch_size < run.recorded(DATA)["facts"]["examples"]:
+        say(
+            "train: warning: upstream's script begins to read its records anew after each evaluation, before it has "
+            "read them all; raise train.evaluate_every"
+        )
     for stop in (*range(start + every - start % every, last, every), last):
         _train(run, gpus, stop, on_scalars)
         if stop < last:

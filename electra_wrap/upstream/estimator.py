@@ -18,6 +18,7 @@ import re
 import resource
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -256,7 +257,8 @@ class _Watch(tf.train.SessionRunHook):  # type: ignore[misc]
         if not math.isfinite(loss):
             raise diverged(self._step, float(loss))
         if found:
-            print(json.dumps({"step": self._step, "loss/total": float(loss), **_values(found)}), flush=True)
+            told = {"step": self._step, "clock": time.monotonic(), "loss/total": float(loss), **_values(found)}
+            print(json.dumps(told), flush=True)
         if self.signal is not None:
             run_context.request_stop()
 

@@ -103,6 +103,9 @@ class RecordWriter:
         length = struct.pack("<Q", len(record))
         self._file.write(length + _checksum(length) + record + _checksum(record))
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
 

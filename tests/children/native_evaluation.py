@@ -25,5 +25,5 @@ def recorded_forward(self, batch):
 
 
 train.model.masked_lm, train.model.Electra.forward = recorded_masked_lm, recorded_forward
-train.evaluate(Path(directory), int(step))
+train.evaluate(Path(directory), int(step), Path(directory) / "profile.json")
 np.savez(out, **{name: np.stack(values) for name, values in found.items()})
