@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -107,7 +108,10 @@ def test_evaluations_are_kept_and_the_same_each_time(learned: Run) -> None:
         assert [(step, value) for step, _, value in found] == [
             (int(step), pytest.approx(values[tag], rel=1e-6)) for step, values in kept.items()
         ]
-    again = stages.evaluate(learned, None)
+    before = (learned.directory / "profile.json").read_bytes()
+    other = learned.profile.model_copy(update={"engine": "upstream", "description": "other"})
+    again = stages.evaluate(Run(other, RunDir(learned.directory.path)), None)
+    assert (learned.directory / "profile.json").read_bytes() == before
     assert again == {"step": 6, **kept["6"]}
     assert learned.recorded("evaluate")["facts"] == again and again["examples"] > 8
 
@@ -121,7 +125,9 @@ def test_the_best_checkpoint_outlives_the_others(learned: Run, tmp_path: Path) -
     assert f"{best} steps" in re.sub(r"[*|`]", "", (tmp_path / "out" / "generator" / "README.md").read_text())
     with pytest.raises(UsageError, match="exists; choose another --out"):
         stages.convert(learned.directory.path, None, tmp_path / "out", force=False)
+    (tmp_path / "out" / "mine.txt").touch()
     stages.convert(learned.directory.path, None, tmp_path / "out", force=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.txt", "discriminator", "generator"}
     ours, theirs = (path / "discriminator/model.safetensors" for path in (tmp_path / "out", learned.directory / "hf"))
     assert ours.read_bytes() == theirs.read_bytes()
     with pytest.raises(UsageError, match="no whole checkpoint of step 5"):
@@ -158,6 +164,7 @@ def test_another_training_has_evaluations_of_its_own(make_run: MakeRun, fake_ups
         for file in run.model_dir.glob(f"model.ckpt-{step}.*"):
             file.unlink()
     training.forget(run, 5)
+    run = make_run()
     assert set(training.evaluations(run)) == {"2", "4"} and training.best(run) == 4
     assert (run.model_dir / "best-4").is_dir()
     assert [step for step, _, _ in scalars.read(run.model_dir / "eval")["loss/total"]] == [2, 4]
@@ -235,7 +242,10 @@ def test_reports_compare_runs_and_overwrite_reports_only(learned: Run, tmp_path:
         report.write(both)
     page = report.write(both, tmp_path / "both.html").read_text(encoding="utf-8")
     assert page.count(f'<th class="number">{learned.directory.path}</th>') == 2
-    report.write(both, tmp_path / "both.html")
+    strange = shutil.copytree(learned.directory.path, tmp_path / "_a$\\frac$語")
+    page = report.write([both[0], strange], tmp_path / "both.html").read_text(encoding="utf-8")
+    drawn = page.partition("<svg")[2].partition("</svg>")[0]
+    assert "\u200b_a$\\frac$語</text>" in drawn
     (tmp_path / "mine.html").write_text("mine")
     with pytest.raises(UsageError, match="is no report of ours"):
         report.write(both, tmp_path / "mine.html")
