@@ -80,7 +80,7 @@ def test_a_second_run_does_nothing_and_more_steps_resume(finished: Run, corpus_t
     again = Run(tiny(corpus_text), RunDir(finished.directory.path))
     assert stages.plan(again, "check") == []
     more = Run(tiny(corpus_text, steps=6), RunDir(finished.directory.path))
-    assert [stage.name for stage, _ in stages.plan(more, "check")] == ["train", "convert", "check"]
+    assert [stage.name for stage, _ in stages.plan(more, "check")] == ["train", "evaluate", "convert", "check"]
     stages.execute(more, "train")
     assert len(losses(more)) == 6 and engine.steps(more.model_dir)[-1] == 6
 

@@ -27,6 +27,7 @@ def model_fn(features, labels, mode, params):
     for slot in ("w/adam_m", "w/adam_v"):  # of a gradient that was always 1
         variable = next(v for v in tf.global_variables() if v.name == f"{slot}:0")
         variable._initializer_op = variable.assign(1.0).op
+    tf.estimator.watch(disc_probs=tf.sigmoid(loss), sampled_tokids=loss)
     record = tf.py_func(lambda w: weights.append(float(w)) or np.int32(0), [weight], tf.int32)
 
     class Hook(tf.estimator.SessionRunHook):
