@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_wrap import __version__, corpus, sources, vocab
+from electra_wrap import __version__, corpus, sources, training, vocab
 from electra_wrap.profile import NETWORKS, Network, toml
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Metric:
 
 def evaluation(run: Run, step: int) -> dict[str, float]:
     """The evaluation of a step that the manifest has, without what is not finite; empty if it has none."""
-    model = run.directory.manifest.get("models", {}).get(run.profile.model_name, {})
-    found = model.get("evaluations", {}).get(str(step), {})
+    found = training.evaluations(run).get(str(step), {})
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 

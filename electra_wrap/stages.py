@@ -65,7 +65,7 @@ class Run:
 
     def checkpoint(self, wanted: int | None = None) -> tuple[int, Any] | None:
         """Step of the latest checkpoint that is whole, or of the `wanted` one, and the engine that made it, if any."""
-        found = [(step, one) for one in map(engine, ENGINES) for step in one.steps(self.model_dir)]
+        found = [(step, one) for one in self.engines for step in one.steps(self.model_dir)]
         found = [(step, one) for step, one in found if wanted in (None, step)]
         latest_first = sorted(found, key=lambda pair: (pair[0], pair[1] is self.engine), reverse=True)
         return next(((step, one) for step, one in latest_first if self.whole(step, one)), None)
@@ -402,7 +402,7 @@ def _continue(run: Run) -> int:
     """Return the step from which training goes on, after handing over a checkpoint of the other engine's."""
     run.directory.forget(run.model_dir)
     step, made_by = run.checkpoint() or (0, run.engine)
-    for one in map(engine, ENGINES):
+    for one in run.engines:
         for later in [later for later in one.steps(run.model_dir) if later >= step and not run.whole(later, one)]:
             one.set_aside(run, later)
             say(f"train: warning: the checkpoint of step {later:,} is not whole; its files are now called ….old-N")
@@ -587,7 +587,7 @@ def reason(run: Run, stage: Stage) -> str | None:
 
 def _train_reason(run: Run, recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:
     step, steps = run.step, run.profile.train.steps
-    if not recorded and any(one.steps(run.model_dir) for one in map(engine, ENGINES)):
+    if not recorded and any(one.steps(run.model_dir) for one in run.engines):
         raise UsageError(
             f"{run.model_dir} has a model that this run did not train; choose another model_name or --run-dir"
         )

@@ -136,10 +136,7 @@ def record(run: Run, told: dict[str, Any]) -> None:
 
     A kill at any moment leaves a best one: the new one is there before it is known, the former one until then.
     """
-    step, metrics = (
-        told["evaluated"],
-        {name: value for name, value in told.items() if name not in ("evaluated", "clock")},
-    )
+    step, metrics = told["evaluated"], {name: value for name, value in told.items() if name != "evaluated"}
     with scalars.Writer(run.model_dir / "eval") as writer:
         writer.write(step, {name: value for name, value in metrics.items() if "/" in name})
     run.model["evaluations"] = {**evaluations(run), str(step): metrics}

@@ -14,25 +14,15 @@ sys.path.insert(0, checkout)
 os.environ["ELECTRA_WRAP_RUNTIME"] = json.dumps({"seed": 0, "checkpoint": "".join(sys.argv[6:])})
 
 import configure_pretraining  # noqa: E402
+import given  # noqa: E402
 import numpy as np  # noqa: E402
 import run_pretraining  # noqa: E402
 from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
 
 tf = run_pretraining.tf
-given = dict(np.load(batches))
-steps, size, length = given["ids"].shape
-inside = np.arange(length) < given["sizes"][..., None]
-arrays = {
-    "input_ids": given["ids"],
-    "input_mask": inside,
-    "segment_ids": inside & (np.arange(length) >= given["firsts"][..., None]),
-    "masked_lm_positions": given["positions"],
-    "masked_lm_ids": np.take_along_axis(given["ids"], given["positions"], 2) * (given["weights"] > 0),
-    "masked_lm_weights": given["weights"],
-    "masked": given["masked"],
-    "sampled": given["sampled"].reshape(given["positions"].shape),
-}
-arrays = {name: value.astype(np.float32 if "weights" in name else np.int32) for name, value in arrays.items()}
+recorded = dict(np.load(batches))
+steps, size, _ = recorded["ids"].shape
+arrays = given.features(recorded)
 with Path(hparams).open() as file:
     config = configure_pretraining.PretrainingConfig(
         model_name,

@@ -14,6 +14,7 @@ sys.path.insert(0, checkout)
 os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
 
 import configure_pretraining  # noqa: E402
+import given  # noqa: E402
 import numpy as np  # noqa: E402
 import run_pretraining  # noqa: E402
 from model import modeling, optimization  # noqa: E402
@@ -21,20 +22,8 @@ from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
 
 tf = run_pretraining.tf
 config = configure_pretraining.PretrainingConfig(model_name, data_dir, **json.loads(Path(hparams).read_text()))
-given = dict(np.load(steps))
-length = given["ids"].shape[2]
-inside = np.arange(length) < given["sizes"][..., None]
-arrays = {
-    "input_ids": given["ids"],
-    "input_mask": inside,
-    "segment_ids": inside & (np.arange(length) >= given["firsts"][..., None]),
-    "masked_lm_positions": given["positions"],
-    "masked_lm_ids": np.take_along_axis(given["ids"], given["positions"], 2) * (given["weights"] > 0),
-    "masked_lm_weights": given["weights"],
-    "masked": given["masked"],
-    "sampled": given["sampled"].reshape(given["positions"].shape),
-}
-arrays = {name: value.astype(np.float32 if "weights" in name else np.int32) for name, value in arrays.items()}
+recorded = dict(np.load(steps))
+arrays = given.features(recorded)
 
 tensors: dict[str, object] = {}
 features: dict[str, object] = {}
