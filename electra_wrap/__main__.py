@@ -1,12 +1,13 @@
-"""`python -m electra_wrap`. A signal is answered in one line from the very beginning."""
+"""`python -m electra_wrap`. A signal gives one line, also while modules are being imported."""
 
 import signal
 import sys
 
 
 def main() -> None:
+    """Run the command line."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)
     try:
         from electra_wrap.cli import entry_point

@@ -1,8 +1,8 @@
-"""The errors a user sees: one line each, and the exit code that goes with it."""
+"""The errors that a user sees: one line each, with an exit code."""
 
 
 class ElectraWrapError(Exception):
-    """What is wrong; what to do. `exit_code` is the process's."""
+    """What is wrong; what to do. The process ends with `exit_code`."""
 
     exit_code = 1
 
@@ -13,37 +13,38 @@ class UsageError(ElectraWrapError):
     exit_code = 2
 
 
-class EnvironmentLacks(ElectraWrapError):
-    """The machine lacks something: upstream, a GPU, disk, network, a package."""
+class EnvironmentProblem(ElectraWrapError):
+    """The machine lacks something: upstream, a GPU, disk space, a network, a package."""
 
     exit_code = 3
 
 
-def from_os(error: OSError) -> EnvironmentLacks:
-    """What the system says of a file, as one of ours."""
-    where = f" ({error.filename})" if error.filename else ""
-    return EnvironmentLacks(f"{error.strerror or error}{where}; mend that and run again")
-
-
 class StageFailed(ElectraWrapError):
-    """A stage failed. `tail` holds the last lines of its log."""
+    """A stage failed. `log_tail` holds the last lines of its log."""
 
     exit_code = 4
 
-    def __init__(self, message: str, tail: str = "") -> None:
+    def __init__(self, message: str, log_tail: str = "") -> None:
         super().__init__(message)
-        self.tail = tail
-
-
-def diverged(step: int, loss: float) -> StageFailed:
-    """Training went wrong for good: its loss is no number, or leads to weights that are none."""
-    return StageFailed(
-        f"at step {step:,} the loss is {loss:.4g}, with weights or gradients that are not finite; the last checkpoint "
-        "is from before. Train anew with a lower train.learning_rate or a longer warm-up: --set model_name=NAME"
-    )
+        self.log_tail = log_tail
 
 
 class Interrupted(ElectraWrapError):
-    """Stopped by a signal; the same command resumes."""
+    """A signal stopped the run. The same command resumes it."""
 
     exit_code = 130
+
+
+def from_os_error(error: OSError) -> EnvironmentProblem:
+    """Convert an OSError to an error with a one-line message."""
+    file = f" ({error.filename})" if error.filename else ""
+    return EnvironmentProblem(f"{error.strerror or error}{file}; fix that and run again")
+
+
+def diverged(step: int, loss: float) -> StageFailed:
+    """Return the error for a loss, weights or gradients that are not finite."""
+    return StageFailed(
+        f"training diverged at step {step:,}: the loss is {loss:.4g} and some weights or gradients "
+        "are not finite. The last checkpoint is from before that step; train again with a lower "
+        "train.learning_rate or more warm-up steps: --set model_name=NAME"
+    )

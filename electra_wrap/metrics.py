@@ -1,17 +1,13 @@
-"""Metrics of both networks, as upstream's evaluation defines them (metric_fn in run_pretraining.py of the pin).
+"""Metrics of both networks, as metric_fn in upstream's run_pretraining.py defines them.
 
 Their names are TensorBoard's tags, the keys of `evaluate --json` and those of the manifest.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-#: Names of upstream's own evaluation, and ours.
+#: Our name of each metric of upstream's evaluation.
 UPSTREAM = {
     "loss": "loss/total",
     "masked_lm_loss": "loss/generator",
@@ -24,34 +20,38 @@ UPSTREAM = {
     "disc_auc": "discriminator/auc",
 }
 
-#: Where the ROC curve is measured, and what keeps 0/0 away: the defaults of tf.metrics.auc.
+#: Thresholds of the ROC curve, and the term that prevents 0/0: the defaults of tf.metrics.auc.
 _THRESHOLDS = np.array([-1e-7, *(i / 199 for i in range(1, 199)), 1 + 1e-7], np.float32)
 _EPSILON = 1e-6
 
 
-def follow(on_scalars: Callable[[dict[str, Any]], None]) -> Callable[[str], None]:
-    """Return what reads a trainer's output, and passes on its lines of JSON that have scalars."""
-
-    def read(line: str) -> None:
-        if line.startswith(('{"step"', '{"evaluated"')):
-            on_scalars(json.JSONDecoder().raw_decode(line)[0])  # another process may have ended the line
-
-    return read
-
-
 class Tally:
-    """Sums over batches from which the metrics follow. `sums` of several processes add up to those of all."""
+    """Sums over batches, from which the metrics follow.
+
+    The `sums` of several processes add up to those of all.
+    """
 
     def __init__(self) -> None:
         self.sums = np.zeros(10 + 2 * (len(_THRESHOLDS) + 1))
 
-    def add_generator(self, right: np.ndarray, sampled: np.ndarray, losses: np.ndarray, weights: np.ndarray) -> None:
-        """Add a batch's masked tokens, each array [n, masked]: 1 where the likeliest token is the right one, where the
-        sampled one is, the cross entropies, and 1 where something is masked at all."""
-        self.sums[:4] += [(weights * values).sum(dtype=np.float64) for values in (right, sampled, losses, 1)]
+    def add_generator(
+        self, correct: np.ndarray, sampled: np.ndarray, losses: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Add a batch's masked tokens; all arrays are [n, masked].
 
-    def add_discriminator(self, logits: np.ndarray, replaced: np.ndarray, inside: np.ndarray) -> None:
-        """Add a batch's tokens, each array [n, length]: the logits, where a token was replaced, where there is one."""
+        `correct` and `sampled`: whether the most likely and the sampled token are the original one.
+        `losses`: the cross entropies in nats. `weights`: 1 where a token is masked, 0 elsewhere.
+        """
+        for i, values in enumerate((correct, sampled, losses, 1)):
+            self.sums[i] += (weights * values).sum(dtype=np.float64)
+
+    def add_discriminator(
+        self, logits: np.ndarray, replaced: np.ndarray, inside: np.ndarray
+    ) -> None:
+        """Add a batch's tokens; all arrays are [n, length].
+
+        `replaced`: whether the token is not the original one. `inside`: whether there is a token.
+        """
         logits, inside = logits.astype(np.float32), inside.astype(bool)
         replaced, predicted = replaced.astype(bool) & inside, (logits > 0) & inside
         losses = np.logaddexp(0, np.where(replaced, -logits, logits)) * inside
@@ -63,28 +63,34 @@ class Tally:
             predicted.sum(),
             (replaced & predicted).sum(),
         ]
-        # What is no token counts, as it does upstream, as one that was not replaced and has the probability 0.
-        above = np.searchsorted(_THRESHOLDS, np.where(inside, 1 / (1 + np.exp(-logits)), 0).astype(np.float32))
-        counts = [np.bincount(above[kind], minlength=len(_THRESHOLDS) + 1) for kind in (replaced, ~replaced)]
-        self.sums[10:] += np.concatenate(counts)
+        # Upstream counts padding as tokens that are not replaced, with probability 0.
+        probabilities = np.where(inside, 1 / (1 + np.exp(-logits)), 0).astype(np.float32)
+        bins, size = np.searchsorted(_THRESHOLDS, probabilities), len(_THRESHOLDS) + 1
+        self.sums[10 : 10 + size] += np.bincount(bins[replaced], minlength=size)
+        self.sums[10 + size :] += np.bincount(bins[~replaced], minlength=size)
 
     def values(self) -> dict[str, float]:
-        """The metrics: shares from 0 to 1, losses in nats, AUC by trapezoids. NaN where there was nothing to count."""
-        right, sampled, loss, masked, examples, losses, tokens, replaced, predicted, found = self.sums[:10]
-        positive, negative = (part[::-1].cumsum()[::-1] for part in np.split(self.sums[10:], 2))
-        true = (positive[1:] + _EPSILON) / (positive[0] + _EPSILON)
-        false = negative[1:] / (negative[0] + _EPSILON)
+        """Return the metrics: shares from 0 to 1, losses in nats, the AUC by trapezoids.
+
+        NaN where nothing was counted.
+        """
+        correct, sampled, loss, masked, examples, losses = self.sums[:6]
+        tokens, replaced, predicted, true_positives = self.sums[6:10]
+        positive, negative = (bins[::-1].cumsum()[::-1] for bins in np.split(self.sums[10:], 2))
+        true_rate = (positive[1:] + _EPSILON) / (positive[0] + _EPSILON)
+        false_rate = negative[1:] / (negative[0] + _EPSILON)
+        areas = (false_rate[:-1] - false_rate[1:]) * (true_rate[:-1] + true_rate[1:]) / 2
         with np.errstate(invalid="ignore"):
             values = {
                 "loss/generator": loss / masked,
                 "loss/discriminator": losses / examples,
-                "generator/accuracy": right / masked,
+                "generator/accuracy": correct / masked,
                 "generator/sampled_accuracy": sampled / masked,
-                "discriminator/accuracy": 1 - (replaced + predicted - 2 * found) / tokens,
-                # As tf.metrics.accuracy: 0 of 0 is 0.
-                "discriminator/precision": found / max(predicted, 1),
-                "discriminator/recall": found / max(replaced, 1),
-                "discriminator/auc": ((false[:-1] - false[1:]) * (true[:-1] + true[1:]) / 2).sum(),
+                "discriminator/accuracy": 1 - (replaced + predicted - 2 * true_positives) / tokens,
+                # As tf.metrics.accuracy: 0/0 is 0.
+                "discriminator/precision": true_positives / max(predicted, 1),
+                "discriminator/recall": true_positives / max(replaced, 1),
+                "discriminator/auc": areas.sum(),
                 "discriminator/replaced": replaced / tokens,
             }
         return {name: float(value) for name, value in values.items()}

@@ -1,253 +1,259 @@
-"""The weights of upstream's TensorFlow checkpoints under transformers' names.
+"""The weights of upstream's TensorFlow checkpoints under transformers' names, in both directions.
 
-The mapping is data: `rows` lists, for one network, each TensorFlow variable beside its PyTorch parameter.
-Dense kernels are transposed (TensorFlow multiplies from the left, PyTorch from the right); nothing else is
-changed. Whatever of a checkpoint is not in the mapping and not known by name is an error.
+The tables below are the mapping. TensorFlow multiplies inputs with a kernel [in, out], PyTorch with
+a weight [out, in]: kernels are transposed, nothing else changes. A variable of a checkpoint that is
+neither in the tables nor in `NOT_WEIGHTS` is an error.
 
-Run as a module (`process.call`), because it imports TensorFlow.
+Run as a module (`subprocesses.call`), because it imports TensorFlow.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from electra_wrap import process, vocab
+from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
+from electra_wrap.files import write_json
 from electra_wrap.profile import NETWORKS, Network, Shape, hf_config
-from electra_wrap.rundir import output, write_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: Upstream's variable scope of each network. The generator shares embeddings in the discriminator's.
-_SCOPES = {"discriminator": "electra", "generator": "generator"}
+#: Upstream's variable scope of each network's transformer. transformers calls both `electra`.
+SCOPES = {"discriminator": "electra", "generator": "generator"}
 
+#: Under a scope. A generator without embeddings of its own uses the discriminator's.
+EMBEDDINGS = {
+    "embeddings/word_embeddings": "embeddings.word_embeddings.weight",
+    "embeddings/position_embeddings": "embeddings.position_embeddings.weight",
+    "embeddings/token_type_embeddings": "embeddings.token_type_embeddings.weight",
+    "embeddings/LayerNorm/gamma": "embeddings.LayerNorm.weight",
+    "embeddings/LayerNorm/beta": "embeddings.LayerNorm.bias",
+}
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One variable: its name in the checkpoint, in transformers, and whether it is transposed between them."""
+#: Under a scope, if the embedding size differs from the hidden size.
+PROJECTION = {
+    "embeddings_project/kernel": "embeddings_project.weight",
+    "embeddings_project/bias": "embeddings_project.bias",
+}
 
-    tensorflow: str
-    pytorch: str
-    transposed: bool = False
+#: Under a scope's encoder/layer_N, transformers' encoder.layer.N.
+LAYER = {
+    "attention/self/query/kernel": "attention.self.query.weight",
+    "attention/self/query/bias": "attention.self.query.bias",
+    "attention/self/key/kernel": "attention.self.key.weight",
+    "attention/self/key/bias": "attention.self.key.bias",
+    "attention/self/value/kernel": "attention.self.value.weight",
+    "attention/self/value/bias": "attention.self.value.bias",
+    "attention/output/dense/kernel": "attention.output.dense.weight",
+    "attention/output/dense/bias": "attention.output.dense.bias",
+    "attention/output/LayerNorm/gamma": "attention.output.LayerNorm.weight",
+    "attention/output/LayerNorm/beta": "attention.output.LayerNorm.bias",
+    "intermediate/dense/kernel": "intermediate.dense.weight",
+    "intermediate/dense/bias": "intermediate.dense.bias",
+    "output/dense/kernel": "output.dense.weight",
+    "output/dense/bias": "output.dense.bias",
+    "output/LayerNorm/gamma": "output.LayerNorm.weight",
+    "output/LayerNorm/beta": "output.LayerNorm.bias",
+}
 
+DISCRIMINATOR_HEAD = {
+    "discriminator_predictions/dense/kernel": "discriminator_predictions.dense.weight",
+    "discriminator_predictions/dense/bias": "discriminator_predictions.dense.bias",
+    "discriminator_predictions/dense_1/kernel": "discriminator_predictions.dense_prediction.weight",
+    "discriminator_predictions/dense_1/bias": "discriminator_predictions.dense_prediction.bias",
+}
 
-def _dense(tensorflow: str, pytorch: str) -> list[Row]:
-    return [Row(f"{tensorflow}/kernel", f"{pytorch}.weight", True), Row(f"{tensorflow}/bias", f"{pytorch}.bias")]
+#: The generator's output weight is the word embeddings again, which transformers ties
+#: when it loads the model.
+GENERATOR_HEAD = {
+    "generator_predictions/dense/kernel": "generator_predictions.dense.weight",
+    "generator_predictions/dense/bias": "generator_predictions.dense.bias",
+    "generator_predictions/LayerNorm/gamma": "generator_predictions.LayerNorm.weight",
+    "generator_predictions/LayerNorm/beta": "generator_predictions.LayerNorm.bias",
+    "generator_predictions/output_bias": "generator_lm_head.bias",
+}
 
-
-def _norm(tensorflow: str, pytorch: str) -> list[Row]:
-    return [Row(f"{tensorflow}/gamma", f"{pytorch}.weight"), Row(f"{tensorflow}/beta", f"{pytorch}.bias")]
-
-
-def rows(network: Network, layers: int, *, projection: bool, tied_embeddings: bool = True) -> list[Row]:
-    """The mapping of one network with `layers` layers.
-
-    `projection`: embeddings and hidden size differ. `tied_embeddings`: the generator uses the discriminator's.
-    """
-    scope = _SCOPES[network]
-    embeddings = f"{'electra' if tied_embeddings else scope}/embeddings"
-    found = [
-        Row(f"{embeddings}/word_embeddings", "electra.embeddings.word_embeddings.weight"),
-        Row(f"{embeddings}/position_embeddings", "electra.embeddings.position_embeddings.weight"),
-        Row(f"{embeddings}/token_type_embeddings", "electra.embeddings.token_type_embeddings.weight"),
-        *_norm(f"{embeddings}/LayerNorm", "electra.embeddings.LayerNorm"),
-    ]
-    if projection:
-        found += _dense(f"{scope}/embeddings_project", "electra.embeddings_project")
-    for i in range(layers):
-        ours, theirs = f"{scope}/encoder/layer_{i}", f"electra.encoder.layer.{i}"
-        found += [
-            *_dense(f"{ours}/attention/self/query", f"{theirs}.attention.self.query"),
-            *_dense(f"{ours}/attention/self/key", f"{theirs}.attention.self.key"),
-            *_dense(f"{ours}/attention/self/value", f"{theirs}.attention.self.value"),
-            *_dense(f"{ours}/attention/output/dense", f"{theirs}.attention.output.dense"),
-            *_norm(f"{ours}/attention/output/LayerNorm", f"{theirs}.attention.output.LayerNorm"),
-            *_dense(f"{ours}/intermediate/dense", f"{theirs}.intermediate.dense"),
-            *_dense(f"{ours}/output/dense", f"{theirs}.output.dense"),
-            *_norm(f"{ours}/output/LayerNorm", f"{theirs}.output.LayerNorm"),
-        ]
-    if network == "discriminator":
-        found += [
-            *_dense("discriminator_predictions/dense", "discriminator_predictions.dense"),
-            *_dense("discriminator_predictions/dense_1", "discriminator_predictions.dense_prediction"),
-        ]
-    else:
-        # The output layer's weight is the word embeddings again; transformers ties the two when it loads.
-        found += [
-            *_dense("generator_predictions/dense", "generator_predictions.dense"),
-            *_norm("generator_predictions/LayerNorm", "generator_predictions.LayerNorm"),
-            Row("generator_predictions/output_bias", "generator_lm_head.bias"),
-        ]
-    return found
-
-
-#: Variables of a checkpoint that no model has: the optimizer's, the step, and what released checkpoints carry along.
+#: Variables that no model has: the optimizer's, the step, and the temperature of released models.
 NOT_WEIGHTS = re.compile(r"^global_step$|/adam_[mv]$|(^|/)temperature$")
 
-#: Optimizer slots of upstream's AdamWeightDecayOptimizer, beside each variable.
+#: Slots of upstream's AdamWeightDecayOptimizer for each variable: NAME/adam_m and NAME/adam_v.
 SLOTS = ("adam_m", "adam_v")
 
 
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """One network as a checkpoint has it: transformers' config.json and the mapping."""
+def mapping(
+    network: Network, layers: int, *, projection: bool, tied_embeddings: bool = True
+) -> dict[str, str]:
+    """Return transformers' name of each TensorFlow variable of a network with `layers` layers."""
+    scope = SCOPES[network]
+    embeddings_scope = "electra" if tied_embeddings else scope
+    names = {f"{embeddings_scope}/{a}": f"electra.{b}" for a, b in EMBEDDINGS.items()}
+    if projection:
+        names |= {f"{scope}/{a}": f"electra.{b}" for a, b in PROJECTION.items()}
+    for n in range(layers):
+        names |= {
+            f"{scope}/encoder/layer_{n}/{a}": f"electra.encoder.layer.{n}.{b}"
+            for a, b in LAYER.items()
+        }
+    return names | (DISCRIMINATOR_HEAD if network == "discriminator" else GENERATOR_HEAD)
 
-    config: dict[str, Any]
-    mapping: list[Row]
+
+def is_transposed(variable: str) -> bool:
+    """Whether a TensorFlow variable is transposed between the two."""
+    return variable.endswith("/kernel")
 
 
-def describe(network: Network, shapes: Shapes, heads: int | None = None) -> Described:
-    """Read one network's configuration and mapping off a checkpoint's variable shapes.
+def describe(
+    network: Network, shapes: Shapes, heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a network's config.json and its mapping, given the shapes of a checkpoint's variables.
 
-    The number of attention heads leaves no trace in shapes: it is hidden size // 64, as upstream has it, or
-    `heads`. UsageError, with the names, if the network is not there, is incomplete or is Electric's.
+    Shapes do not tell the number of attention heads: it is `heads`, or hidden size // 64 as in
+    upstream. UsageError if the network is missing or incomplete.
     """
-    scope = _SCOPES[network]
-    if any(name.startswith("generator_ltr/") for name in shapes):
-        raise UsageError(
-            "the checkpoint is Electric's, whose generator has two towers; transformers has no such model: "
-            "convert an ELECTRA checkpoint"
-        )
+    scope = SCOPES[network]
     tied = f"{scope}/embeddings/word_embeddings" not in shapes
     embeddings = f"{'electra' if tied else scope}/embeddings"
-    first = f"{scope}/encoder/layer_0/intermediate/dense/kernel"
-    if missing := [name for name in (f"{embeddings}/word_embeddings", first) if name not in shapes]:
-        raise UsageError(f"the checkpoint has no {network} ({missing[0]} is missing); give a pre-training checkpoint")
-    vocab_size, embedding_size = shapes[f"{embeddings}/word_embeddings"]
-    hidden, intermediate = shapes[first]
-    layers = 1 + max(int(m[1]) for name in shapes if (m := re.match(rf"{scope}/encoder/layer_(\d+)/", name)))
+    feed_forward = f"{scope}/encoder/layer_0/intermediate/dense/kernel"
+    try:
+        vocab_size, embedding_size = shapes[f"{embeddings}/word_embeddings"]
+        hidden, intermediate = shapes[feed_forward]
+    except KeyError as error:
+        message = f"the checkpoint has no {network} ({error.args[0]} is missing)"
+        raise UsageError(f"{message}; give a pre-training checkpoint") from None
+    layer_name = re.compile(rf"{scope}/encoder/layer_(\d+)/")
+    layers = 1 + max(int(match[1]) for match in map(layer_name.match, shapes) if match)
     heads = heads or max(1, hidden // 64)
     if hidden % heads:
-        raise UsageError(f"the {network}'s hidden size {hidden} is not divisible by {heads} heads; give a divisor")
-    mapping = rows(network, layers, projection=embedding_size != hidden, tied_embeddings=tied)
-    if missing := [row.tensorflow for row in mapping if row.tensorflow not in shapes]:
-        raise UsageError(f"the {network} lacks {_list(missing)}; give a complete checkpoint")
-    config = {
-        **hf_config(network, Shape(embedding_size, hidden, layers, heads, intermediate), vocab_size),
-        "max_position_embeddings": shapes[f"{embeddings}/position_embeddings"][0],
-        "type_vocab_size": shapes[f"{embeddings}/token_type_embeddings"][0],
-    }
-    return Described(config, mapping)
+        message = f"the {network}'s hidden size {hidden} is not divisible by {heads} heads"
+        raise UsageError(f"{message}; give a divisor")
+    names = mapping(network, layers, projection=embedding_size != hidden, tied_embeddings=tied)
+    if missing := [name for name in names if name not in shapes]:
+        raise UsageError(f"the {network} lacks {_shorten(missing)}; give a complete checkpoint")
+    shape = Shape(embedding_size, hidden, layers, heads, intermediate)
+    config = hf_config(network, shape, vocab_size)
+    config["max_position_embeddings"] = shapes[f"{embeddings}/position_embeddings"][0]
+    config["type_vocab_size"] = shapes[f"{embeddings}/token_type_embeddings"][0]
+    return config, names
 
 
-def unknown(shapes: Shapes) -> list[str]:
-    """Return the variables that neither network nor `NOT_WEIGHTS` accounts for."""
-    known: set[str] = set()
-    for network in NETWORKS:
-        with contextlib.suppress(UsageError):  # one network alone is a complete checkpoint of it
-            known |= {row.tensorflow for row in describe(network, shapes).mapping}
-    return sorted(name for name in shapes if name not in known and not NOT_WEIGHTS.search(name))
-
-
-def convert(
+def to_transformers(
     checkpoint: str,
     out: str,
     *,
-    step: int | None = None,
-    vocabulary: str | None = None,
     networks: Sequence[Network] = NETWORKS,
     heads: Mapping[Network, int] | None = None,
-    lowercase: bool = False,
-    strip_accents: bool = False,
-    max_length: int | None = None,
-    expected: Mapping[Network, Any] | None = None,
+    expected: Mapping[Network, Mapping[str, Any]] | None = None,
     slots: bool = False,
-    force: bool = False,
-) -> dict[str, Any]:
-    """Write `out`/discriminator and `out`/generator, as transformers loads them, from a TensorFlow checkpoint.
+) -> dict[Network, dict[str, Any]]:
+    """Write `out`/NETWORK for each network, as transformers loads it, and return their configs.
 
-    `checkpoint` is a prefix (…/model.ckpt-100), its .index file, or a directory, whose `step` or latest is taken.
-    `expected` holds config.json contents with which the checkpoint's shapes must agree. With `slots`, the optimizer's
-    are beside each model, as adam_m.safetensors and adam_v.safetensors under the same names. Tensors pass one by one:
-    memory is that of TensorFlow and the largest of them. Returns the prefix used and the number of variables of
-    each network. UsageError for what is no complete ELECTRA checkpoint, for a vocabulary of another size, and
-    for existing output without `force`; then nothing is written.
+    `checkpoint` is a prefix, e.g. model.ckpt-100. `heads` overrides the number of attention heads.
+    `expected` holds config.json values that the checkpoint must have. With `slots`, the optimizer's
+    are written beside each model as adam_m.safetensors and adam_v.safetensors. One tensor is in
+    memory at a time. UsageError for anything but a complete ELECTRA checkpoint with finite values.
     """
-    prefix = find(checkpoint, step)
-    import tensorflow as tf  # after what can fail without it
+    import tensorflow as tf
 
     try:
-        reader = tf.train.load_checkpoint(prefix)
-        shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
-        described = {network: describe(network, shapes, (heads or {}).get(network)) for network in networks}
-        if names := unknown(shapes):
-            raise UsageError(f"variables that are not ELECTRA's: {_list(names)}; give a pre-training checkpoint")
-        tokens = vocab.read(Path(vocabulary)) if vocabulary else None
-        for network, one in described.items():
-            config = one.config
-            if tokens is not None and len(tokens) != config["vocab_size"]:
-                raise UsageError(
-                    f"{vocabulary} has {len(tokens)} tokens, the checkpoint {config['vocab_size']}; give its vocabulary"
-                )
-            for key, value in (expected or {}).get(network, {}).items():
-                if config.get(key) != value:
-                    raise UsageError(
-                        f"the {network}'s {key} is {config.get(key)}, the profile says {value}; correct it"
-                    )
-        with contextlib.ExitStack() as stack:
-            for network, one in described.items():
-                directory = stack.enter_context(output(Path(out) / network, force))
-                write_json(directory / "config.json", one.config)
-                sizes = {row.pytorch: shapes[row.tensorflow][:: -1 if row.transposed else 1] for row in one.mapping}
-                for file, slot in {"model": "", **{slot: f"/{slot}" for slot in SLOTS if slots}}.items():
-                    tensors = (_read(reader, row, slot) for row in one.mapping)
-                    _save(directory / f"{file}.safetensors", sizes, tensors)
-                if tokens is not None:
-                    keys = {"lowercase": lowercase, "strip_accents": strip_accents}
-                    length = max_length or one.config["max_position_embeddings"]
-                    vocab.write_tokenizer(directory, tokens, max_length=length, **keys)
+        reader = tf.train.load_checkpoint(checkpoint)
+        shapes = {name: tuple(s) for name, s in reader.get_variable_to_shape_map().items()}
+        described = {n: describe(n, shapes, (heads or {}).get(n)) for n in networks}
+        if unknown := _unknown_variables(shapes):
+            message = f"variables that are not ELECTRA's: {_shorten(unknown)}"
+            raise UsageError(f"{message}; give a pre-training checkpoint")
+        for network, (config, _) in described.items():
+            _refuse_difference(network, config, (expected or {}).get(network, {}))
+        for network, (config, names) in described.items():
+            directory = Path(out) / network
+            directory.mkdir(parents=True)
+            write_json(directory / "config.json", config)
+            sizes = {
+                pytorch: shapes[variable][::-1] if is_transposed(variable) else shapes[variable]
+                for variable, pytorch in names.items()
+            }
+            _write(directory / "model.safetensors", sizes, _read(reader, names))
+            for slot in SLOTS if slots else ():
+                _write(directory / f"{slot}.safetensors", sizes, _read(reader, names, f"/{slot}"))
     except UsageError as error:
-        raise UsageError(f"{prefix}: {error}") from None
-    except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:  # the reader's, for damaged files
+        raise UsageError(f"{checkpoint}: {error}") from None
+    except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
+        # What TensorFlow's reader raises for damaged files.
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{prefix}: not a whole checkpoint ({reason}); take another one") from None
-    return {"checkpoint": prefix, "variables": {network: len(one.mapping) for network, one in described.items()}}
+        message = f"{checkpoint}: not a complete checkpoint ({reason})"
+        raise UsageError(f"{message}; choose another") from None
+    return {network: config for network, (config, _) in described.items()}
 
 
-def find(checkpoint: str, step: int | None = None) -> str:
-    """Return the prefix of the checkpoint meant. UsageError if there is none, or none of that `step`."""
+def find_prefix(checkpoint: str, step: int | None = None) -> str:
+    """Return the prefix of a checkpoint, e.g. DIRECTORY/model.ckpt-100.
+
+    `checkpoint` is a prefix, its .index file, or a directory, of which the checkpoint of `step` or
+    the latest is chosen. UsageError if there is none or more than one.
+    """
     path = Path(checkpoint)
     if not path.is_dir():
         path = path.with_suffix("") if path.suffix == ".index" else path
         if not path.with_name(f"{path.name}.index").is_file():
-            raise UsageError(f"{checkpoint}: no checkpoint; give a directory, or a prefix like model.ckpt-1000")
+            fix = "give a directory, or a prefix like model.ckpt-1000"
+            raise UsageError(f"{checkpoint}: no checkpoint; {fix}")
         return str(path)
-    found = sorted(p.with_suffix("") for p in path.glob("*.index"))
+    prefixes = sorted(index.with_suffix("") for index in path.glob("*.index"))
     if step is not None:
-        found = [p for p in found if p.name.endswith(f"-{step}")]
+        prefixes = [prefix for prefix in prefixes if prefix.name.endswith(f"-{step}")]
     elif (path / "checkpoint").is_file():
         text = (path / "checkpoint").read_text(encoding="utf-8", errors="replace")
         latest = re.search(r'^model_checkpoint_path: "(?:.*/)?([^"/]+)"$', text, re.M)
-        found = [p for p in found if latest and p.name == latest[1]] or found
-    if len(found) != 1:
-        names = f" ({', '.join(p.name for p in found)})" if found else ""
-        of = "" if step is None else f" of step {step}"
-        raise UsageError(f"{path} has {len(found) or 'no'} checkpoints{of}{names}; name one")
-    return str(found[0])
+        prefixes = [p for p in prefixes if latest and p.name == latest[1]] or prefixes
+    if len(prefixes) != 1:
+        names = f" ({', '.join(prefix.name for prefix in prefixes)})" if prefixes else ""
+        checkpoints = "checkpoints" if step is None else f"checkpoints of step {step}"
+        message = f"{path} has {len(prefixes) or 'no'} {checkpoints}{names}"
+        raise UsageError(f"{message}; give the prefix of one")
+    return str(prefixes[0])
 
 
-def _read(reader: Any, row: Row, slot: str) -> np.ndarray:
-    value = np.asarray(reader.get_tensor(row.tensorflow + slot), dtype=np.float32)
-    if not np.isfinite(value).all():
-        raise UsageError(f"{row.tensorflow} has values that are not finite; take an earlier checkpoint")
-    return value.T if row.transposed else value
+def _unknown_variables(shapes: Shapes) -> list[str]:
+    known: set[str] = set()
+    for network in NETWORKS:
+        with contextlib.suppress(UsageError):  # a checkpoint may hold one network alone
+            known.update(describe(network, shapes)[1])
+    return sorted(name for name in shapes if name not in known and not NOT_WEIGHTS.search(name))
 
 
-def _save(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
-    """Write float32 tensors as a safetensors file, one after the other.
+def _refuse_difference(
+    network: Network, config: dict[str, Any], expected: Mapping[str, Any]
+) -> None:
+    for key, value in expected.items():
+        if config.get(key) != value:
+            raise UsageError(
+                f"the {network}'s {key} is {config.get(key)}, but {value} is expected; give the "
+                "profile and vocabulary that it was trained with"
+            )
 
-    The library's writer wants all of them in memory. The format is 8 bytes of header length, the header as JSON,
-    then the tensors' bytes in order (https://github.com/huggingface/safetensors, "Format").
+
+def _read(reader: Any, names: Iterable[str], suffix: str = "") -> Iterator[np.ndarray]:
+    """Yield variables as PyTorch has them. UsageError for values that are not finite."""
+    for name in names:
+        value = np.asarray(reader.get_tensor(name + suffix), dtype=np.float32)
+        if not np.isfinite(value).all():
+            raise UsageError(f"{name} has values that are not finite; choose an earlier checkpoint")
+        yield value.T if is_transposed(name) else value
+
+
+def _write(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
+    """Write float32 tensors as a safetensors file, one at a time: the library needs all in memory.
+
+    The format is 8 bytes of header length, the header as JSON, then the tensors' bytes in order
+    (https://github.com/huggingface/safetensors, "Format").
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -262,69 +268,83 @@ def _save(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
             file.write(np.ascontiguousarray(tensor, "<f4").data)
 
 
-def convert_back(discriminator: str, generator: str, out: str, *, step: int = 0, force: bool = False) -> dict[str, Any]:
-    """Write `out`/model.ckpt-STEP, from which run_pretraining.py continues, from two directories of transformers.
+def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0) -> None:
+    """Write `out`/model.ckpt-STEP, from which run_pretraining.py continues.
 
-    The optimizer's slots are those beside the models, as `convert` writes them; without those, as transformers has
-    no such files, they are zero as at the start of a training. UsageError if the two are not the networks of one
-    ELECTRA, or for existing output without `force`.
+    `discriminator` and `generator` are directories of transformers' models. The optimizer's slots
+    are those beside the models, as `to_transformers` writes them, or zero as at the start of a
+    training. UsageError if the two are not the networks of one ELECTRA.
     """
-    directories: dict[Network, Path] = {"discriminator": Path(discriminator), "generator": Path(generator)}
-    opened: dict[Network, list[Any]] = {}
-    configs: dict[Network, dict[str, Any]] = {}
-    for network, directory in directories.items():
-        slots = [path for slot in SLOTS if (path := directory / f"{slot}.safetensors").is_file()]
-        try:
-            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            sizes = ("hidden_size", "num_attention_heads", "embedding_size", "num_hidden_layers")
-            configs[network] = {key: int(config[key]) for key in sizes}
-            opened[network] = [safe_open(path, "numpy") for path in (directory / "model.safetensors", *slots)]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            raise UsageError(f"{directory}: no {network} of transformers ({error}); give its directory") from None
-    # The output layer's weight is the word embeddings again.
-    names = {network: set(files[0].keys()) - {"generator_lm_head.weight"} for network, files in opened.items()}
-    tied = all(
-        name in names["discriminator"] and np.array_equal(*(files[0].get_tensor(name) for files in opened.values()))
-        for name in names["generator"]
-        if name.startswith("electra.embeddings.")
+    networks: dict[Network, tuple[dict[str, int], list[Any]]] = {
+        "discriminator": _open_model("discriminator", Path(discriminator)),
+        "generator": _open_model("generator", Path(generator)),
+    }
+    tied = _have_same_embeddings(*(tensors[0] for _, tensors in networks.values()))
+    variables: dict[str, tuple[str, list[Any]]] = {}
+    for network, (config, tensors) in networks.items():
+        names = _names_in_upstream(network, config, tied)
+        parameters = set(tensors[0].keys()) - {"generator_lm_head.weight"}
+        if difference := sorted(parameters ^ set(names.values())):
+            message = f"{_shorten(difference)}: missing in or foreign to a {network}"
+            raise UsageError(f"{message}; give a complete pre-trained model")
+        variables |= {variable: (pytorch, tensors) for variable, pytorch in names.items()}
+    import tensorflow as tf  # after the checks, which can do without
+
+    values = {"global_step": tf.constant(step, tf.int64)}
+    for variable, (pytorch, files) in variables.items():
+        arrays = [file.get_tensor(pytorch) for file in files]
+        if is_transposed(variable):
+            arrays = [array.T for array in arrays]
+        weight, *slots = (tf.constant(array, tf.float32) for array in arrays)
+        values[variable] = weight
+        for slot, value in zip(SLOTS, slots or [tf.zeros_like(weight)] * 2, strict=True):
+            values[f"{variable}/{slot}"] = value
+    tf.raw_ops.SaveV2(
+        prefix=str(Path(out) / f"model.ckpt-{step}"),
+        tensor_names=list(values),
+        shape_and_slices=[""] * len(values),
+        tensors=list(values.values()),
     )
-    variables: dict[str, tuple[Row, list[Any]]] = {}
-    for network, config in configs.items():
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        projection = config["embedding_size"] != hidden
-        if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
-            raise UsageError(
-                f"upstream has no {network} of hidden size {hidden} with {heads} heads and embeddings of its own "
-                f"of size {config['embedding_size']}; such a model cannot be converted"
-            )
-        mapping = rows(network, config["num_hidden_layers"], projection=projection, tied_embeddings=tied)
-        if wrong := sorted(names[network] ^ {row.pytorch for row in mapping}):
-            raise UsageError(f"{_list(wrong)}: missing in or foreign to a {network}; give a whole pre-trained one")
-        variables.update({row.tensorflow: (row, opened[network]) for row in mapping})
-    import tensorflow as tf  # after what can fail without it
+    tf.compat.v1.train.update_checkpoint_state(out, f"model.ckpt-{step}")
 
-    with output(Path(out), force) as directory:
-        saved = {"global_step": tf.constant(step, tf.int64)}
-        for name, (row, files) in variables.items():
-            values = (file.get_tensor(row.pytorch) for file in files)
-            weight, *adam = (tf.constant(v.T if row.transposed else v, tf.float32) for v in values)
-            saved[name] = weight
-            for slot, value in zip(SLOTS, adam or [tf.zeros_like(weight)] * 2, strict=True):
-                saved[f"{name}/{slot}"] = value
-        prefix = f"model.ckpt-{step}"
-        tf.raw_ops.SaveV2(
-            prefix=str(directory / prefix),
-            tensor_names=list(saved),
-            shape_and_slices=[""] * len(saved),
-            tensors=list(saved.values()),
+
+def _open_model(network: Network, directory: Path) -> tuple[dict[str, int], list[Any]]:
+    """Return the sizes in a model's config.json, and its open safetensors files: weights, slots."""
+    slots = [path for slot in SLOTS if (path := directory / f"{slot}.safetensors").is_file()]
+    keys = ("hidden_size", "num_attention_heads", "embedding_size", "num_hidden_layers")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        tensors = [safe_open(path, "numpy") for path in (directory / "model.safetensors", *slots)]
+        return {key: int(config[key]) for key in keys}, tensors
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        message = f"{directory}: no {network} of transformers ({error})"
+        raise UsageError(f"{message}; give its directory") from None
+
+
+def _have_same_embeddings(discriminator: Any, generator: Any) -> bool:
+    names = [name for name in generator.keys() if name.startswith("electra.embeddings.")]  # noqa: SIM118
+    return set(names) <= set(discriminator.keys()) and all(
+        np.array_equal(discriminator.get_tensor(name), generator.get_tensor(name)) for name in names
+    )
+
+
+def _names_in_upstream(network: Network, config: dict[str, int], tied: bool) -> dict[str, str]:
+    """Return the mapping of a model. UsageError if upstream has no such model."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    projection = config["embedding_size"] != hidden
+    if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
+        raise UsageError(
+            f"upstream has no {network} of hidden size {hidden} with {heads} heads and embeddings "
+            f"of its own of size {config['embedding_size']}; such a model cannot be converted"
         )
-        tf.compat.v1.train.update_checkpoint_state(str(directory), prefix)
-    return {"checkpoint": str(Path(out) / prefix), "variables": len(variables)}
+    layers = config["num_hidden_layers"]
+    return mapping(network, layers, projection=projection, tied_embeddings=tied)
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 if __name__ == "__main__":
-    process.serve(convert, convert_back)
+    subprocesses.serve(to_transformers, to_tensorflow)

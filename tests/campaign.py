@@ -1,14 +1,15 @@
-"""Do to a run what machines and people do to runs, at random moments of all its stages, and let it go on.
+"""Interrupt runs and damage their files at random moments, and compare the results.
 
-    python tests/campaign.py [--faults 50] [--engine native] [--seed 0] [--kinds kill,interrupt,…] [--megabytes 2]
+    python tests/campaign.py [--faults 50] [--engine native] [--seed 0] [--kinds SIGINT,…]
 
-A web server of its own serves text as .gz. One run goes from that to converted models, undisturbed. Others meet faults
-and are begun again after each, with the same command, until they are done; then corpus, held-out text, vocabulary,
-training data and profile must be those of the undisturbed run, byte for byte, the models' tensors of the same shapes
-and of the same step (with the native engine: the same, bit for bit), and nothing else may lie about. After each fault
-the command must have ended as README says, in a line and without a traceback, and no process and no lock be left.
+A local web server serves text as .gz. One run goes from that text to converted models undisturbed.
+Others meet faults, and are started again with the same command after each, until they are done.
+Their corpus, held-out text, vocabulary, examples and profile must then be those of the undisturbed
+run, byte for byte. Their models must have tensors of the same shapes, of the same step; with the
+native engine, the same tensors bit for bit. No other file may be left. After each fault the command
+must have ended with one line and no traceback, and no process and no lock may be left.
 
-The kinds that take the disk away need root: the run directory is then on a small tmpfs, mounted for that.
+Kinds of faults that need the disk need root: the run directory is then on a small tmpfs.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from electra_wrap import paths
-from electra_wrap.rundir import RunDir
+from electra_wrap.engines import ENGINES
+from electra_wrap.run import MANIFEST, Run, read_manifest
 
-DATA = {"native": ("examples", "heldout_examples"), "upstream": ("pretrain_tfrecords", "heldout_tfrecords")}
-
-#: What is done, and with which exit codes the command may end then. None: it was killed, and says nothing.
+#: The faults, and with which exit codes the command may end. None: it was killed.
 KINDS: dict[str, tuple[int, ...] | None] = {
     "kill the command": None,
     "kill all processes": None,
@@ -58,12 +58,15 @@ KINDS: dict[str, tuple[int, ...] | None] = {
 }
 DISK = ("full disk", "read-only disk", "disk taken away")
 
-#: Steps of each run, and the most faults that it meets.
-STEPS, EACH = 240, 3
+#: Training steps of each run.
+STEPS = 240
+
+#: Most faults of one run.
+FAULTS_PER_RUN = 3
 
 
-class Slow(http.server.SimpleHTTPRequestHandler):
-    """Serves one file, with ranges, in no less than `seconds`."""
+class SlowHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves ranges of one file, which takes `seconds` in total."""
 
     content = b""
     seconds = 8.0
@@ -89,8 +92,8 @@ class Slow(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def left_over(directory: Path) -> list[str]:
-    """Command lines of processes that have to do with a run directory."""
+def remaining_processes(directory: Path) -> list[str]:
+    """Return the command lines of processes that mention a run directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -103,17 +106,17 @@ def left_over(directory: Path) -> list[str]:
 
 
 @dataclasses.dataclass
-class Kind:
-    """What became of one kind of fault."""
+class Outcomes:
+    """How runs recovered from one kind of fault: by the same command, or after a repair."""
 
     faults: int = 0
-    alone: int = 0
-    mended: int = 0
+    recovered: int = 0
+    repaired: int = 0
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 class Disk:
-    """A small file system under a directory, which can be filled, made read-only and taken away."""
+    """A small file system, which can be filled, made read-only and unmounted."""
 
     def __init__(self, directory: Path, megabytes: int = 300) -> None:
         self._real, self.path = directory / "real", directory / "mounted"
@@ -126,7 +129,7 @@ class Disk:
     def _run(self, *argv: str) -> None:
         subprocess.run(argv, check=True)
 
-    def break_it(self, kind: str) -> None:
+    def damage(self, kind: str) -> None:
         if kind == "full disk":
             with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as file:
                 while True:
@@ -136,14 +139,14 @@ class Disk:
         else:
             self._run("umount", "--lazy", str(self.path))
 
-    def mend(self, kind: str) -> None:
+    def repair(self, kind: str) -> None:
         if kind == "full disk":
             self._filler.unlink()
         elif kind == "read-only disk":
             self._run("mount", "-o", "remount,bind,rw", str(self.path))
         else:
-            left = [path.name for path in self.path.iterdir()]
-            assert not left, f"written where the disk was: {left}"
+            written = [path.name for path in self.path.iterdir()]
+            assert not written, f"written where the disk was: {written}"
             self._run("mount", "--bind", str(self._real), str(self.path))
 
     def close(self) -> None:
@@ -152,21 +155,35 @@ class Disk:
 
 
 class Campaign:
-    """Runs of one engine, their faults, and what was seen of them."""
+    """Runs of one engine and their faults."""
 
-    def __init__(self, directory: Path, engine: str, seed: int, port: int, disk: Disk | None) -> None:
-        self.engine, self.draw, self.disk = engine, random.Random(seed), disk
-        self.undisturbed, self.run = directory / "undisturbed", (disk.path if disk else directory) / "run"
-        self.redone = 0
-        self.kinds: collections.defaultdict[str, Kind] = collections.defaultdict(Kind)
+    def __init__(
+        self, directory: Path, engine: str, seed: int, port: int, disk: Disk | None
+    ) -> None:
+        self.engine, self.random, self.disk = engine, random.Random(seed), disk
+        self.undisturbed = directory / "undisturbed"
+        self.run = (disk.path if disk else directory) / "run"
+        self.repeated_steps = 0
+        self.kinds: collections.defaultdict[str, Outcomes] = collections.defaultdict(Outcomes)
         self._command = [sys.executable, "-m", "electra_wrap", "run"]
-        for key in (
+        overrides = [
             f'corpus.source="http://127.0.0.1:{port}/es.txt.gz"',
-            *("corpus.shards=6", "corpus.held_out=0.05", "tokenizer.vocab_size=2000", "tokenizer.sample_bytes=2000000"),
-            *(f'engine="{engine}"', "train.device=cpu", f"train.steps={STEPS}", "train.save_every=40", "train.keep=3"),
-            *("train.log_every=1", "train.batch_size=8", "model.hidden_size=64", "model.max_seq_length=32"),
-        ):
-            self._command += ["--set", key]
+            "corpus.shards=6",
+            "corpus.held_out=0.05",
+            "tokenizer.vocab_size=2000",
+            "tokenizer.sample_bytes=2000000",
+            f'engine="{engine}"',
+            "train.device=cpu",
+            f"train.steps={STEPS}",
+            "train.save_every=40",
+            "train.keep=3",
+            "train.log_every=1",
+            "train.batch_size=8",
+            "model.hidden_size=64",
+            "model.max_seq_length=32",
+        ]
+        for override in overrides:
+            self._command += ["--set", override]
 
     def start(self, run: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -177,150 +194,171 @@ class Campaign:
             start_new_session=True,
         )
 
-    def whole(self) -> float:
-        """Run undisturbed; return the seconds it took."""
-        began = time.monotonic()
+    def run_undisturbed(self) -> float:
+        """Run without faults; return the seconds it took."""
+        started = time.monotonic()
         child = self.start(self.undisturbed)
-        said = child.communicate()[1]
-        assert child.returncode == 0, said
-        return time.monotonic() - began
+        output = child.communicate()[1]
+        assert child.returncode == 0, output
+        return time.monotonic() - started
 
-    def meet(self, kind: str, wait: float) -> str | None:
-        """Start the run, and after a while do this to it; return in which stage. None if it was done before."""
+    def disturb(self, kind: str, wait: float) -> str | None:
+        """Start the run and cause a fault after `wait` seconds; return in which stage.
+
+        None if the run was done before that.
+        """
         child = self.start(self.run)
         try:
             child.wait(wait)
-            said = child.communicate()[1]
-            assert child.returncode == 0, said
+            output = child.communicate()[1]
+            assert child.returncode == 0, output
             return None
         except subprocess.TimeoutExpired:
             pass
-        stages = RunDir(self.run).manifest["stages"] if self.run.exists() else {}
-        stage = next((name for name, entry in stages.items() if entry["outcome"] == "interrupted"), "between stages")
-        stage = stage.split()[0]
-        began = time.monotonic()
-        self._do(kind, child)
-        said = child.communicate(timeout=120)[1]
-        took = time.monotonic() - began
+        stages = read_manifest(self.run)["stages"]
+        current = (name for name, record in stages.items() if record["outcome"] == "interrupted")
+        stage = next(current, "between stages").split()[0]
+        started = time.monotonic()
+        self._cause(kind, child)
+        output = child.communicate(timeout=120)[1]
+        took = time.monotonic() - started
         allowed = KINDS[kind] if child.returncode != -signal.SIGKILL else None
-        if kind == "full disk":  # begun again while it is full, it says so at once
-            self._says_so(self.start(self.run), (0, *(allowed or ())))
+        if kind == "full disk":  # while it is full, the same command fails at once
+            self._expect_one_line(self.start(self.run), (0, *(allowed or ())))
         if self.disk and kind in DISK:
-            self.disk.mend(kind)
+            self.disk.repair(kind)
         if allowed is not None:
-            self._says_so(child, (0, *allowed), said)
-        for _ in range(50):  # a process that was killed takes a moment to go
-            if not (left := left_over(self.run)):
+            self._expect_one_line(child, (0, *allowed), output)
+        for _ in range(50):  # a killed process takes a moment to end
+            if not (remaining := remaining_processes(self.run)):
                 break
             time.sleep(0.1)
-        assert not left, left
+        assert not remaining, remaining
         if self.run.exists():
             with (self.run / ".lock").open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        one = self.kinds[kind]
-        one.faults += 1
-        one.seconds.append(took)
+        outcomes = self.kinds[kind]
+        outcomes.faults += 1
+        outcomes.seconds.append(took)
         if kind in DISK:
-            one.mended += 1
+            outcomes.repaired += 1
         else:
-            one.alone += 1
+            outcomes.recovered += 1
         return f"{stage} (exit {child.returncode})"
 
-    def _says_so(self, child: subprocess.Popen[str], allowed: tuple[int, ...], said: str | None = None) -> None:
-        said = child.communicate(timeout=120)[1] if said is None else said
-        assert child.returncode in allowed and "Traceback" not in said, f"{child.returncode}: {said}"
-        assert child.returncode == 0 or said.splitlines()[-1].startswith("electra_wrap: error: "), said
+    def _expect_one_line(
+        self, child: subprocess.Popen[str], allowed: tuple[int, ...], output: str | None = None
+    ) -> None:
+        output = child.communicate(timeout=120)[1] if output is None else output
+        assert child.returncode in allowed and "Traceback" not in output, (
+            f"{child.returncode}: {output}"
+        )
+        assert child.returncode == 0 or output.splitlines()[-1].startswith(
+            "electra_wrap: error: "
+        ), output
 
-    def _do(self, kind: str, child: subprocess.Popen[str]) -> None:
+    def _cause(self, kind: str, child: subprocess.Popen[str]) -> None:
         if kind == "kill a child":
             children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self.draw.choice(children)) if children else child.pid, signal.SIGKILL)
+                os.kill(
+                    int(self.random.choice(children)) if children else child.pid, signal.SIGKILL
+                )
         elif kind == "kill the command":
             child.kill()
         elif kind.startswith("SIG"):
             name, _, twice = kind.partition(" ")
             child.send_signal(signal.Signals[name])
             if twice:
-                time.sleep(self.draw.uniform(0, 0.5))
+                time.sleep(self.random.uniform(0, 0.5))
                 child.send_signal(signal.Signals[name])
         elif kind in DISK and kind != "read-only disk":
             assert self.disk
-            self.disk.break_it(kind)
+            self.disk.damage(kind)
         else:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             time.sleep(0.3)
-            if kind == "read-only disk":  # it cannot be made so while somebody writes
+            if kind == "read-only disk":  # it cannot be remounted while a process writes
                 assert self.disk
-                self.disk.break_it(kind)
-                self._says_so(self.start(self.run), (3,))
+                self.disk.damage(kind)
+                self._expect_one_line(self.start(self.run), (3,))
             elif kind != "kill all processes":
-                self._harm(kind)
+                self._damage_file(kind)
 
-    def _harm(self, kind: str) -> None:
-        files = [path for path in self.run.rglob("*") if path.is_file() and path.stat().st_size]
+    def _damage_file(self, kind: str) -> None:
+        # The manifest is only written atomically: nothing can restore a damaged one.
+        files = [
+            path
+            for path in self.run.rglob("*")
+            if path.is_file() and path.stat().st_size and path.name != MANIFEST
+        ]
         if not files:
             return
-        # Not by files, of which there are many of some kinds, but by where they are.
-        places = sorted({path.relative_to(self.run).parts[0] for path in files})
-        place = self.draw.choice(places)
-        path = self.draw.choice(sorted(path for path in files if path.relative_to(self.run).parts[0] == place))
+        # Choose a place first: some places have many files.
+        place = self.random.choice(sorted({path.relative_to(self.run).parts[0] for path in files}))
+        path = self.random.choice(
+            sorted(path for path in files if path.relative_to(self.run).parts[0] == place)
+        )
         print(f"    {path.relative_to(self.run)}", flush=True)
         content = bytearray(path.read_bytes())
         if kind == "remove a file":
             path.unlink()
         elif kind == "cut a file":
-            path.write_bytes(content[: self.draw.randrange(len(content))])
+            path.write_bytes(content[: self.random.randrange(len(content))])
         else:
-            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+            content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
             path.write_bytes(content)
 
     def finish(self) -> None:
-        """Let the run go to its end."""
+        """Run to the end."""
         child = self.start(self.run)
-        said = child.communicate()[1]
-        assert child.returncode == 0, said
-        assert not left_over(self.run), left_over(self.run)
+        output = child.communicate()[1]
+        assert child.returncode == 0, output
+        assert not remaining_processes(self.run), remaining_processes(self.run)
 
-    def compare(self, harmed: bool) -> int:
-        """AssertionError unless the run has what the undisturbed one has; return how many steps were done twice."""
-        one, other = RunDir(self.undisturbed), RunDir(self.run)
-        same = ["corpus", "heldout", "vocab.txt", "profile.json", *DATA[self.engine]]
+    def compare(self, damaged: bool) -> int:
+        """Compare the run with the undisturbed one; return how many steps it trained twice.
+
+        AssertionError if they differ. With a file `damaged`, archived files may be left.
+        """
+        expected, actual = Run.open(self.undisturbed), Run.open(self.run)
+        names = ["corpus", "heldout", "vocab.txt", "profile.json", *ENGINES[self.engine].EXAMPLES]
         if self.engine == "native":
-            same += [f"hf/{network}/model.safetensors" for network in ("discriminator", "generator")]
-        for name in same:
-            assert one.digest(one / name) == other.digest(other / name), name
-        entries = [run.manifest["stages"] for run in (one, other)]
-        assert [entry["convert"]["facts"]["step"] for entry in entries] == [STEPS, STEPS]
-        assert all(entry["outcome"] == "done" for entry in entries[1].values())
-        assert entries[0]["corpus"]["facts"] == entries[1]["corpus"]["facts"]
+            names += ["hf/discriminator/model.safetensors", "hf/generator/model.safetensors"]
+        for name in names:
+            digests = [run.digest(run.directory / name) for run in (expected, actual)]
+            assert digests[0] == digests[1], name
+        records = [run.manifest["stages"] for run in (expected, actual)]
+        assert [record["convert"]["results"]["step"] for record in records] == [STEPS, STEPS]
+        assert all(record["outcome"] == "done" for record in records[1].values())
+        assert records[0]["corpus"]["results"] == records[1]["corpus"]["results"]
         for network in ("discriminator", "generator"):
-            headers = [header(run / "hf" / network / "model.safetensors") for run in (one, other)]
-            assert headers[0] == headers[1]
-        names, others = ({path.name for path in run.path.iterdir()} for run in (one, other))
-        aside = {name for name in others if harmed and ".old-" in name}
-        assert names == others - aside, names ^ others
-        model = next((other / "models").iterdir())
-        odd = [p.name for p in model.iterdir() if re.search(r"partial|temp|removed|exported", p.name)]
-        assert not odd, odd
-        log = (other / "logs" / "train.log").read_text(encoding="utf-8", errors="replace")
-        steps = len(re.findall(r'^(?:\{"step": (?=\d)|\d+/\d+ = )', log, re.M))
-        return max(0, steps - STEPS)  # the log may be what was cut
+            models = [run.exported / network / "model.safetensors" for run in (expected, actual)]
+            assert shapes(models[0]) == shapes(models[1])
+        files, others = ({p.name for p in run.directory.iterdir()} for run in (expected, actual))
+        archived = {name for name in others if damaged and ".old-" in name}
+        assert files == others - archived, files ^ others
+        temporary = re.compile("partial|temp|removed|exported")
+        left = [path.name for path in actual.model_dir.iterdir() if temporary.search(path.name)]
+        assert not left, left
+        log = actual.log_file("train").read_text(encoding="utf-8", errors="replace")
+        steps = len(re.findall(r'^\{"event": "step"', log, re.M))
+        return max(0, steps - STEPS)  # the log itself may have been damaged
 
 
-def header(path: Path) -> Any:
-    """Names and shapes of the tensors in a safetensors file."""
+def shapes(path: Path) -> Any:
+    """Return names and shapes of the tensors in a safetensors file."""
     with path.open("rb") as file:
-        found = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: one["shape"] for name, one in found.items() if name != "__metadata__"}
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
 
 
 @contextlib.contextmanager
 def serving(text: bytes, seconds: float) -> Iterator[int]:
-    """Serve a text so slowly; yield the port."""
-    Slow.content, Slow.seconds = gzip.compress(text, 1), seconds
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    """Serve a text, which takes `seconds`; yield the port."""
+    SlowHandler.content, SlowHandler.seconds = gzip.compress(text, 1), seconds
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.server_port
@@ -335,69 +373,81 @@ def campaign(
     engine: str,
     faults: int,
     seed: int,
-    say: Callable[[str], None],
     kinds: tuple[str, ...] = tuple(KINDS),
     seconds: float = 3.0,
 ) -> Campaign:
-    """Let runs meet so many faults of these kinds, in turn. AssertionError if that shows in a result."""
+    """Disturb runs with `faults` faults of these kinds, in turn.
+
+    The text takes `seconds` to transfer. AssertionError if a result differs.
+    """
     disk = Disk(directory) if set(kinds) & set(DISK) else None
     with serving(text, seconds) as port:
-        one = Campaign(directory, engine, seed, port, disk)
+        runs = Campaign(directory, engine, seed, port, disk)
         try:
-            took = one.whole()
-            say(f"undisturbed: {took:.1f} s")
+            took = runs.run_undisturbed()
+            print(f"undisturbed: {took:.1f} s", flush=True)
             met: list[str] = []
             for number in range(faults):
                 kind = kinds[number % len(kinds)]
-                if len(met) == EACH:
-                    one.finish()
-                    _end(one, met, say)
-                # Early stages take a few seconds only.
-                while (stage := one.meet(kind, wait := one.draw.uniform(0.2, one.draw.choice((4, took))))) is None:
-                    _end(one, met, say)
+                if len(met) == FAULTS_PER_RUN:
+                    runs.finish()
+                    _end(runs, met)
+                stage = None
+                while stage is None:
+                    longest = runs.random.choice((4, took))  # early stages take a few seconds
+                    wait = runs.random.uniform(0.2, longest)
+                    stage = runs.disturb(kind, wait)
+                    if stage is None:
+                        _end(runs, met)
                 met.append(kind)
-                say(f"{number + 1}: {kind} after {wait:.1f} s, in {stage}")
-            one.finish()
-            _end(one, met, say)
-            return one
+                print(f"{number + 1}: {kind} after {wait:.1f} s, in {stage}", flush=True)
+            runs.finish()
+            _end(runs, met)
+            return runs
         finally:
             if disk:
                 disk.close()
 
 
-def _end(one: Campaign, met: list[str], say: Callable[[str], None]) -> None:
-    """Compare a run that is done, and remove it."""
-    redone = one.compare(any("file" in kind for kind in met))
-    one.redone += redone
-    say(f"done after {len(met)} faults, {redone} steps done twice; all is that of the undisturbed run")
+def _end(runs: Campaign, met: list[str]) -> None:
+    """Compare a finished run with the undisturbed one, and remove it."""
+    repeated = runs.compare(any("file" in kind for kind in met))
+    runs.repeated_steps += repeated
+    print(f"done after {len(met)} faults, {repeated} steps repeated; results are equal", flush=True)
     met.clear()
-    shutil.rmtree(one.run)
+    shutil.rmtree(runs.run)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=26)
     parser.add_argument("--megabytes", type=int, default=2)
-    parser.add_argument("--engine", choices=list(DATA), default="native")
+    parser.add_argument("--engine", choices=list(ENGINES), default="native")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
     arguments = parser.parse_args()
     sample = (paths.CONFIGS / "spanish-sample.txt").read_text(encoding="utf-8")
-    copies = (re.sub(r"\b(\w+)\.", rf"\1 {i}.", sample) for i in range(arguments.megabytes * 10**6 // len(sample)))
+    copies = (
+        re.sub(r"\b(\w+)\.", rf"\1 {i}.", sample)
+        for i in range(arguments.megabytes * 10**6 // len(sample))
+    )
     text = "\n".join(copies).encode()
     kinds = tuple(arguments.kinds.split(","))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-
-        found = campaign(Path(directory), text, arguments.engine, arguments.faults, arguments.seed, say, kinds)
-    print(f"{'':20} faults  recovered alone  after a mend  seconds until it ended (median)")
-    for name, one in found.kinds.items():
-        median = sorted(one.seconds)[len(one.seconds) // 2]
-        print(f"{name:20} {one.faults:6} {one.alone:16} {one.mended:13} {median:10.2f}")
-    total = [sum(getattr(one, key) for one in found.kinds.values()) for key in ("faults", "alone", "mended")]
-    print(f"{'all':20} {total[0]:6} {total[1]:16} {total[2]:13}; {found.redone} steps done twice; nothing lost")
+        runs = campaign(
+            Path(directory), text, arguments.engine, arguments.faults, arguments.seed, kinds
+        )
+    print(f"{'':20} faults  recovered  after repair  seconds to exit (median)")
+    for name, outcomes in runs.kinds.items():
+        median = sorted(outcomes.seconds)[len(outcomes.seconds) // 2]
+        counts = f"{outcomes.faults:6} {outcomes.recovered:10} {outcomes.repaired:13}"
+        print(f"{name:20} {counts} {median:10.2f}")
+    faults, recovered, repaired = (
+        sum(getattr(outcomes, key) for outcomes in runs.kinds.values())
+        for key in ("faults", "recovered", "repaired")
+    )
+    counts = f"{faults:6} {recovered:10} {repaired:13}"
+    print(f"{'all':20} {counts}; {runs.repeated_steps} steps repeated; nothing lost")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures. Nothing here or in a test imports tensorflow or torch: they abort in one process (process.py)."""
+"""Fixtures. Neither fixtures nor tests import tensorflow or torch, which abort in one process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import Any
 import hypothesis
 import pytest
 
-from electra_wrap import paths, process
-from electra_wrap.errors import EnvironmentLacks
+from electra_wrap import paths, subprocesses
+from electra_wrap.errors import EnvironmentProblem
 from electra_wrap.profile import Profile
-from electra_wrap.rundir import RunDir
-from electra_wrap.stages import Run
+from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
 
 TESTS = Path(__file__).parent
 
-hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no failure
-hypothesis.settings.load_profile("patient")
+hypothesis.settings.register_profile("no-deadline", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("no-deadline")
 
 SPANISH = [
     "Los pájaros están hablando.",
@@ -41,16 +40,19 @@ SPANISH = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, those with upstream last."""
+    """Run tests with upstream last."""
     items.sort(key=lambda item: item.get_closest_marker("upstream") is not None)
 
 
 @pytest.fixture(scope="session")
 def upstream() -> Path:
-    """The real upstream, verified and patched. Skips where it cannot be had, fails under `tox -e upstream`."""
+    """The verified, patched checkout of upstream.
+
+    Tests that use it skip where git cannot reach upstream, and fail under `tox -e upstream`.
+    """
     try:
         return checkout.ensure()
-    except EnvironmentLacks as error:
+    except EnvironmentProblem as error:
         if os.environ.get("ELECTRA_WRAP_REQUIRE_UPSTREAM"):
             pytest.fail(str(error))
         pytest.skip(str(error))
@@ -60,7 +62,9 @@ def upstream() -> Path:
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m electra_wrap` as a user does, in an empty directory."""
 
-    def call(*arguments: str, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def call(
+        *arguments: str, env: dict[str, str] | None = None, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "electra_wrap", *arguments],
             cwd=tmp_path,
@@ -78,7 +82,7 @@ def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str
     """Run a script of tests/children, which may import tensorflow or torch; return its stdout."""
     done = subprocess.run(
         [sys.executable, str(TESTS / "children" / script), *map(str, arguments)],
-        env=process.environment(variables),
+        env=subprocesses.child_environment(variables),
         input=stdin,
         capture_output=True,
         text=True,
@@ -89,12 +93,16 @@ def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str
 
 
 def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
-    """`spanish-tiny` on `corpus`, made smaller still."""
+    """Return `spanish-tiny` on `corpus`, with a smaller model."""
     return Profile.load(
         "spanish-tiny",
         [
             f"corpus.source={json.dumps(str(corpus))}",
-            *([] if any(o.startswith("tokenizer.source") for o in overrides) else ["tokenizer.vocab_size=300"]),
+            *(
+                []
+                if any(o.startswith("tokenizer.source") for o in overrides)
+                else ["tokenizer.vocab_size=300"]
+            ),
             "model.hidden_size=64",
             "model.max_seq_length=32",
             f"train.steps={steps}",
@@ -111,18 +119,21 @@ def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A corpus of 40 documents of ten lines."""
+    """A corpus of 40 documents with ten lines each."""
     path = tmp_path / "text.txt"
-    path.write_text("".join("".join(f"{i}. {s}\n" for s in SPANISH) + "\n" for i in range(40)), encoding="utf-8")
+    path.write_text(
+        "".join("".join(f"{i}. {s}\n" for s in SPANISH) + "\n" for i in range(40)), encoding="utf-8"
+    )
     return path
 
 
 @pytest.fixture(scope="session")
 def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 60 documents that are not alike."""
+    """A corpus of 60 different documents."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     documents = (
-        "".join(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH)) + "\n" for i in range(60)
+        "".join(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH)) + "\n"
+        for i in range(60)
     )
     path.write_text("".join(documents), encoding="utf-8")
     return path
@@ -132,8 +143,8 @@ FAKE_BUILD = """
 import argparse, os, struct
 from electra_wrap.upstream import records
 p = argparse.ArgumentParser()
-for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes", "num-out-files", "seed",
-             "blanks-separate-docs", "jobs"):
+for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes",
+             "num-out-files", "seed", "blanks-separate-docs", "jobs"):
     p.add_argument("--" + name, required=True)
 for name in ("do-lower-case", "no-lower-case", "do-strip-accents", "no-strip-accents"):
     p.add_argument("--" + name, action="store_true")
@@ -143,7 +154,7 @@ def write_examples(job, a):
     with open(os.path.join(a.corpus_dir, name), encoding="utf-8") as f:
         text = f.read()
     print("job %d begins" % job, flush=True)
-    if "CRASH" in text and not os.path.exists(os.path.join(os.path.dirname(a.corpus_dir), "mended")):
+    if "CRASH" in text and not os.path.exists(os.path.join(os.path.dirname(a.corpus_dir), "fixed")):
         raise SystemExit("job %d failed" % job)
     out = os.path.join(a.output_dir, "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files))
     with open(out, "wb") as f:
@@ -156,6 +167,9 @@ records.build(write_examples, p.parse_args())
 
 FAKE_TRAIN = """
 import argparse, json, os, re, time
+from pathlib import Path
+from electra_wrap.events import Evaluation, Step, emit
+from electra_wrap.files import write_checksums
 p = argparse.ArgumentParser()
 for name in ("data-dir", "model-name", "hparams"):
     p.add_argument("--" + name, required=True)
@@ -165,25 +179,24 @@ d = os.path.join(a.data_dir, "models", a.model_name)
 os.makedirs(d, exist_ok=True)
 state = os.path.join(d, "checkpoint")
 start = int(re.search(r"ckpt-(\\d+)", open(state).read())[1]) if os.path.exists(state) else 0
-print(os.environ["ELECTRA_WRAP_RUNTIME"], os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("TF_XLA_FLAGS"))
+names = ("ELECTRA_WRAP_RUNTIME", "CUDA_VISIBLE_DEVICES", "TF_XLA_FLAGS")
+print(*map(os.environ.get, names))
 print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN") else "clean")
 if h["learning_rate"] == 0.666:
     print("loss was NaN"); raise SystemExit(1)
 runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
 if h["do_eval"]:
     step = int(open(runtime["checkpoint"] + ".index").read())
-    told = {"evaluated": step, "examples": h["num_eval_steps"] * h["eval_batch_size"], "discriminator/auc": 0.5}
-    print(json.dumps({**told, "loss/total": 100 + abs(step - 4)})) # step 4 is the best
+    scalars = {"discriminator/auc": 0.5, "loss/total": 100 + abs(step - 4)}  # step 4 is the best
+    emit(Evaluation(step, h["num_eval_steps"] * h["eval_batch_size"], scalars))
     raise SystemExit
 for step in range(start + 1, runtime["stop"] + 1):
     loss = 50 if h["learning_rate"] == 0.777 else 50 / step
-    print(json.dumps({"step": step, "clock": time.monotonic(), "loss/total": loss}))
-for suffix in (".index", ".data-00000-of-00001"):
-    open(os.path.join(d, "model.ckpt-%d%s" % (step, suffix)), "w").write(str(step))
-from electra_wrap.rundir import write_sums
-from pathlib import Path
-files = [Path(d, "model.ckpt-%d%s" % (step, suffix)) for suffix in (".index", ".data-00000-of-00001")]
-write_sums(Path(d, "model.ckpt-%d.sha256" % step), files)
+    emit(Step(step, time.monotonic(), {"loss/total": loss}))
+files = [Path(d, "model.ckpt-%d%s" % (step, s)) for s in (".index", ".data-00000-of-00001")]
+for file in files:
+    file.write_text(str(step))
+write_checksums(Path(d, "model.ckpt-%d.sha256" % step), files)
 open(state, "w").write('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
 """
 
@@ -199,10 +212,12 @@ diff --git a/run_pretraining.py b/run_pretraining.py
 
 @pytest.fixture
 def git_repository(tmp_path: Path) -> Path:
-    """A git repository with two scripts of upstream's command line that need no TensorFlow."""
+    """A git repository with two scripts that have upstream's arguments and need no TensorFlow."""
     path = tmp_path / "upstream"
     path.mkdir()
-    (path / "build_pretraining_dataset.py").write_text(textwrap.dedent(FAKE_BUILD), encoding="utf-8")
+    (path / "build_pretraining_dataset.py").write_text(
+        textwrap.dedent(FAKE_BUILD), encoding="utf-8"
+    )
     (path / "run_pretraining.py").write_text(textwrap.dedent(FAKE_TRAIN), encoding="utf-8")
     (path / "model").mkdir()
     (path / "model" / "__init__.py").write_text("", encoding="utf-8")
@@ -211,19 +226,30 @@ def git_repository(tmp_path: Path) -> Path:
     for command in (
         ["init", "--quiet", "--initial-branch=master"],
         ["add", "--all"],
-        ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "scripts"],
+        [
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@example.org",
+            "commit",
+            "--quiet",
+            "-m",
+            "scripts",
+        ],
     ):
         subprocess.run(["git", *command], cwd=path, check=True)
     return path
 
 
 def git(path: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=path, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=path, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.fixture
 def fake_upstream(git_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make the package pin `git_repository`, with one patch, and keep its checkout under tmp_path."""
+    """Pin `git_repository` with one patch, and keep its checkout under tmp_path."""
     patches, vendor = tmp_path / "patches", tmp_path / "vendor"
     patches.mkdir()
     vendor.mkdir()
@@ -247,9 +273,9 @@ def fake_upstream(git_repository: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def make_run(tmp_path: Path, text: Path) -> Callable[..., Run]:
-    """Return a function that makes a Run of the tiny profile in one and the same run directory."""
+    """Return a function that makes runs of the tiny profile in one run directory."""
 
     def make(*overrides: str, **keys: Any) -> Run:
-        return Run(tiny(keys.pop("corpus", text), *overrides, **keys), RunDir(tmp_path / "run"))
+        return Run(tiny(keys.pop("corpus", text), *overrides, **keys), tmp_path / "run")
 
     return make

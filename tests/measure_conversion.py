@@ -1,8 +1,9 @@
-"""Convert random checkpoints of ELECTRA-small, -base and -large: time, memory, and distance from the oracle.
+"""Convert random checkpoints of all sizes: time, memory, and distance from the oracle.
 
     python tests/measure_conversion.py [DIRECTORY]
 
-Not a test: minutes, and 9 GB in DIRECTORY (default: a temporary one). tests/test_weights.py has the short version.
+It takes minutes, and 9 GB in DIRECTORY (default: a temporary one). tests/test_weights.py has small
+models.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ GENERATOR = {"small": 64, "base": 256, "large": 256}
 def measure(size: str, directory: Path) -> dict[str, object]:
     hidden, layers = SIZES[size]
     embedding = 128 if size == "small" else hidden
-    values = t.variables(hidden, GENERATOR[size], embedding, layers, vocabulary=VOCABULARY, deviation=0.05)
+    values = t.variables(
+        hidden, GENERATOR[size], embedding, layers, vocabulary=VOCABULARY, deviation=0.05
+    )
     t.checkpoints({directory: values})
-    facts = json.loads(child("convert_measured.py", directory))
+    measured = json.loads(child("convert_measured.py", directory))
     weights = sum(v.nbytes for n, v in values.items() if not t.weights.NOT_WEIGHTS.search(n))
     arrays = t.inputs(directory / "in.npz", VOCABULARY, batch=3, length=64)
-    names = [directory / name for name in ("hf", "in.npz", "out.npz")]
-    child("hf_logits.py", *names, HF_HUB_OFFLINE="1")
-    differences = t.largest_differences(values, arrays, np.load(directory / "out.npz"))
+    out = directory / "out.npz"
+    child("hf_logits.py", directory / "hf", directory / "in.npz", out, HF_HUB_OFFLINE="1")
+    results = np.load(out)
+    differences = t.largest_differences(values, arrays, results)
     return {
         "size": size,
         "weights_mb": round(weights / 1e6),
-        **facts,
+        **measured,
         **{network: f"{differences[network]:.1e}" for network in NETWORKS},
-        "logits": [round(float(np.load(directory / "out.npz")[network].std()), 2) for network in NETWORKS],
+        "logits": [round(float(results[network].std()), 2) for network in NETWORKS],
     }
 
 

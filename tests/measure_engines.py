@@ -1,11 +1,12 @@
-"""Loss curves of both engines from scratch: do they lie on each other, within what seeds differ?
+"""Compare the loss curves of both engines from scratch with the difference between seeds.
 
-    python tests/measure_engines.py CORPUS [--profile NAME] [--steps N] [--seeds N] [--set KEY=VALUE …]
+    python tests/measure_engines.py CORPUS [--profile NAME] [--steps N] [--set KEY=VALUE …]
 
-Trains the profile on CORPUS with each engine and each seed, in turn, and prints mean losses of windows of steps, the
-largest difference between two seeds of one engine and between the engines' means, and the median seconds of a step.
-Upstream's records are put in random order and into one file first, so that both engines see the same kind of batches:
-its reader opens a file again before it has read the others, and mixes a hundred neighbours. --as-they-are leaves them.
+Trains the profile on CORPUS with each engine and each seed in turn. Prints mean losses of windows
+of steps, the largest difference between seeds of one engine and between the engines' means, and
+the median seconds of a step. Upstream's records are first shuffled into one file, so that both
+engines see the same kind of batches: its reader opens a file again before it has read the others,
+and shuffles a hundred neighbors. --keep-record-files leaves them as they are.
 """
 
 from __future__ import annotations
@@ -17,27 +18,37 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from electra_wrap import stages
+from electra_wrap import events
+from electra_wrap.engines import engine_of
+from electra_wrap.pipeline.execute import execute
 from electra_wrap.profile import Profile
-from electra_wrap.rundir import RunDir
+from electra_wrap.run import Run
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("corpus", type=Path)
-parser.add_argument("--profile", default="spanish-tiny")
-parser.add_argument("--steps", type=int, default=400)
-parser.add_argument("--seeds", type=int, default=2)
-parser.add_argument("--windows", type=int, default=8)
-parser.add_argument("--as-they-are", action="store_true")
-parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-arguments = parser.parse_args()
+ENGINES = ("upstream", "native")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--profile", default="spanish-tiny")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--keep-record-files", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    return parser.parse_args()
 
 
 def shuffle_records(directory: Path, seed: int) -> None:
-    """Put a directory's records in one file, in random order. (Each has 12 bytes before it and 4 behind it.)"""
+    """Put a directory's records into one file, in random order.
+
+    A record has 12 bytes before its content and 4 after it.
+    """
     files = sorted(directory.iterdir())
     records = []
     for path in files:
@@ -52,41 +63,58 @@ def shuffle_records(directory: Path, seed: int) -> None:
     files[0].write_bytes(b"".join(records[number] for number in order))
 
 
-curves: dict[str, list[np.ndarray]] = {"upstream": [], "native": []}
-seconds: dict[str, list[float]] = {"upstream": [], "native": []}
-with tempfile.TemporaryDirectory() as directory:
-    for seed, engine in itertools.product(range(arguments.seeds), curves):
-        keys = [
-            *(f"corpus.source={json.dumps(str(arguments.corpus.resolve()))}", f"train.steps={arguments.steps}"),
-            *(
-                "train.log_every=1",
-                f"train.warmup_steps={arguments.steps // 10}",
-                f"train.save_every={arguments.steps}",
-            ),
-            *("train.device=cpu", f"train.seed={seed}", f"engine={engine}", *arguments.set),
-        ]
-        run = stages.Run(Profile.load(arguments.profile, keys), RunDir(Path(directory) / f"{engine}-{seed}"))
-        stages.execute(run, run.engine.DATA)
-        run.engine.prepare(run)
-        if engine == "upstream" and not arguments.as_they_are:
-            shuffle_records(run.directory / run.engine.OUTPUTS[0], seed)
-        losses: list[float] = []
-        times: list[float] = []
+def train(
+    arguments: argparse.Namespace, engine: str, seed: int, directory: Path
+) -> tuple[np.ndarray, float]:
+    """Return the mean losses of the windows and the median seconds of a step."""
+    overrides = [
+        f"corpus.source={json.dumps(str(arguments.corpus.resolve()))}",
+        f"train.steps={arguments.steps}",
+        "train.log_every=1",
+        f"train.warmup_steps={arguments.steps // 10}",
+        f"train.save_every={arguments.steps}",
+        "train.device=cpu",
+        f"train.seed={seed}",
+        f"engine={engine}",
+        *arguments.set,
+    ]
+    run = Run(Profile.load(arguments.profile, overrides), directory)
+    execute(run, until="examples")
+    engine_of(run).prepare(run)
+    if engine == "upstream" and not arguments.keep_record_files:
+        shuffle_records(run.directory / engine_of(run).EXAMPLES[0], seed)
+    losses: list[float] = []
+    times: list[float] = []
 
-        def step(told: dict[str, Any], losses: list[float] = losses, times: list[float] = times) -> None:
-            losses.append(told["loss/total"])
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Step):
+            losses.append(event.scalars["loss/total"])
             times.append(time.perf_counter())
 
-        run.engine.train(run, [], step)
-        curves[engine].append(np.array([part.mean() for part in np.array_split(np.array(losses), arguments.windows)]))
-        seconds[engine].append(statistics.median(np.diff(times[10:])))
-        print(f"{engine:9} seed {seed}", *(f"{mean:7.3f}" for mean in curves[engine][-1]), flush=True)
+    engine_of(run).train(run, [], on_event)
+    windows = np.array_split(np.array(losses), arguments.windows)
+    return np.array([window.mean() for window in windows]), statistics.median(np.diff(times[10:]))
 
-both = {engine: np.stack(found) for engine, found in curves.items()}
-spread = max(float(np.ptp(found, axis=0).max()) for found in both.values())
-between = float(np.abs(both["native"].mean(0) - both["upstream"].mean(0)).max())
-last = np.abs(both["native"].mean(0) - both["upstream"].mean(0))[-1]
-print(f"largest difference between seeds of one engine {spread:.3f}, between the engines' means {between:.3f}")
-print(f"in the last window, between the engines' means {last:.3f}")
-for engine, found in seconds.items():
-    print(f"{engine:9} {statistics.median(found):.4f} s a step")
+
+def main() -> None:
+    arguments = parse_arguments()
+    curves: dict[str, list[np.ndarray]] = {engine: [] for engine in ENGINES}
+    seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    with tempfile.TemporaryDirectory() as directory:
+        for seed, engine in itertools.product(range(arguments.seeds), ENGINES):
+            curve, median = train(arguments, engine, seed, Path(directory) / f"{engine}-{seed}")
+            curves[engine].append(curve)
+            seconds[engine].append(median)
+            print(f"{engine:9} seed {seed}", *(f"{mean:7.3f}" for mean in curve), flush=True)
+    stacked = {engine: np.stack(curve) for engine, curve in curves.items()}
+    between_seeds = max(float(np.ptp(curve, axis=0).max()) for curve in stacked.values())
+    between_engines = np.abs(stacked["native"].mean(0) - stacked["upstream"].mean(0))
+    print(f"largest difference between seeds of one engine {between_seeds:.3f}")
+    print(f"between the engines' means {between_engines.max():.3f}")
+    print(f"in the last window, between the engines' means {between_engines[-1]:.3f}")
+    for engine, medians in seconds.items():
+        print(f"{engine:9} {statistics.median(medians):.4f} s a step")
+
+
+if __name__ == "__main__":
+    main()

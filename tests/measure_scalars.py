@@ -1,9 +1,10 @@
-"""What telling the scalars of a step costs: one training in which every other step tells them, with either engine.
+"""Measure what reporting the scalars of a step costs, with either engine.
 
     python tests/measure_scalars.py [--profile NAME] [--set KEY=VALUE …] [--steps N]
 
-Prints the medians of the steps that tell and of those that do not, and what the difference is, in % of a step, where
-one step in `train.log_every` tells. TensorBoard's file is written by another process, and is in none of them.
+Every other step of one training reports its scalars. Prints the median time of the steps with and
+without, and the difference in % of a step, where one step in `train.log_every` reports. The process
+that writes TensorBoard's file does not count.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from pathlib import Path
 
 from conftest import TESTS
 
-from electra_wrap import process, stages, training
-from electra_wrap.profile import ENGINES, Profile
-from electra_wrap.rundir import RunDir, write_json
+from electra_wrap import engines, events, subprocesses
+from electra_wrap.files import write_json
+from electra_wrap.monitor.training import TrainingMonitor
+from electra_wrap.pipeline.execute import execute
+from electra_wrap.profile import ENGINE_NAMES, Profile
+from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
+from electra_wrap.upstream.hparams import hparams
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--profile", default="spanish-tiny")
@@ -30,38 +35,50 @@ parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 parser.add_argument("--steps", type=int, default=300)
 arguments = parser.parse_args()
 
-for engine in ENGINES:
-    keys = ("train.log_every=2", f"train.steps={arguments.steps}", "train.warmup_steps=0", f"engine={engine}")
-    log_every = Profile.load(arguments.profile, arguments.set).train.log_every
-    with tempfile.TemporaryDirectory() as directory:
-        run = stages.Run(Profile.load(arguments.profile, [*arguments.set, *keys]), RunDir(Path(directory)))
-        stages.execute(run, run.engine.DATA)
-        run.engine.prepare(run)
-        write_json(run.directory / "profile.json", run.profile.model_dump())
-        write_json(run.directory / "hparams.json", run.hparams())
-        source = checkout.ensure() if engine == "upstream" else "-"
-        child = subprocess.Popen(
-            [sys.executable, str(TESTS / "children" / "step_times.py"), engine, str(run.directory.path), str(source)],
-            env=process.environment({}),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert child.stdout
-        times: list[float] = []
-        with training.Monitor(run, 0, []) as monitor:
-            for line in child.stdout:
-                if line.startswith('{"step"'):
-                    monitor(json.loads(line))
-                elif line.startswith("times "):
-                    times = json.loads(line.removeprefix("times "))
-        assert child.wait() == 0
-    # times[i] is when step i + 1 was done; its even numbers tell. A tenth is start-up.
-    took = [(number, now - before) for number, (before, now) in enumerate(itertools.pairwise(times), 2)]
-    took = took[len(took) // 10 :]
-    on = statistics.median(seconds for number, seconds in took if number % 2 == 0)
-    off = statistics.median(seconds for number, seconds in took if number % 2)
+
+def train(engine: str, directory: Path) -> list[float]:
+    """Train a run; return when each step ended, in seconds."""
+    settings = [f"engine={engine}", "train.log_every=2", "train.warmup_steps=0"]
+    settings.append(f"train.steps={arguments.steps}")
+    run = Run(Profile.load(arguments.profile, [*arguments.set, *settings]), directory)
+    execute(run, until="examples")
+    engines.engine_of(run).prepare(run)
+    write_json(run.directory / "hparams.json", hparams(run.profile, run.vocab_size))
+    source = checkout.ensure() if engine == "upstream" else Path("-")
+    script = TESTS / "children" / "step_times.py"
+    child = subprocess.Popen(
+        [sys.executable, str(script), engine, str(run.directory), str(source)],
+        env=subprocesses.child_environment({}),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout
+    times: list[float] = []
+    with TrainingMonitor(run, 0, []) as monitor:
+        for line in child.stdout:
+            if event := events.parse(line):
+                monitor(event)
+            elif line.startswith("times "):
+                times = json.loads(line.removeprefix("times "))
+    assert child.wait() == 0
+    return times
+
+
+log_every = Profile.load(arguments.profile, arguments.set).train.log_every
+for engine in ENGINE_NAMES:
+    with tempfile.TemporaryDirectory() as temporary:
+        times = train(engine, Path(temporary))
+    # times[i] is the end of step i + 1. Even steps report. The first tenth is start-up.
+    durations = [
+        (step, end - start) for step, (start, end) in enumerate(itertools.pairwise(times), 2)
+    ]
+    durations = durations[len(durations) // 10 :]
+    reporting = statistics.median(seconds for step, seconds in durations if step % 2 == 0)
+    silent = statistics.median(seconds for step, seconds in durations if step % 2)
+    cost = reporting - silent
     print(
-        f"{engine:9} {1000 * off:.2f} ms a step, {1000 * on:.2f} ms with scalars: {1000 * (on - off):.2f} ms, "
-        f"{100 * (on - off) / off:.1f}% of a step, {100 * (on - off) / off / log_every:.2f}% with one in {log_every}",
+        f"{engine:9} {1000 * silent:.2f} ms a step, {1000 * reporting:.2f} ms with scalars: "
+        f"{1000 * cost:.2f} ms, {100 * cost / silent:.1f}% of a step, "
+        f"{100 * cost / silent / log_every:.2f}% with one in {log_every}",
         flush=True,
     )

@@ -1,8 +1,10 @@
-"""The checkout of upstream: exactly the pin, or a refusal."""
+"""The checkout of upstream is exactly the pin, or it is refused."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import errno
+import os
 import socket
 import subprocess
 import time
@@ -13,25 +15,25 @@ import pytest
 from conftest import git
 
 from electra_wrap import paths
-from electra_wrap.errors import EnvironmentLacks
+from electra_wrap.errors import EnvironmentProblem
 from electra_wrap.upstream import checkout
 
 
-def files(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.iterdir())
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
-def refused(source: str | None = None) -> str:
-    with pytest.raises(EnvironmentLacks) as raised:
+def refusal(source: str | None = None) -> str:
+    """Return the message with which `ensure` fails, leaving nothing behind."""
+    with pytest.raises(EnvironmentProblem) as raised:
         checkout.ensure(source)
     assert "\n" not in str(raised.value)
-    # nothing half made stays behind
-    assert not [n for n in files(paths.vendor_directory()) if n not in (".lock", "electra.lock")]
+    assert set(names(paths.vendor_directory())) <= {".lock", "electra.lock"}
     return str(raised.value)
 
 
-def test_tree_hash_is_gits(git_repository: Path, tmp_path: Path) -> None:
-    """With subdirectories, an executable, and names that sort differently with and without a slash."""
+def test_hash_tree_equals_git(git_repository: Path, tmp_path: Path) -> None:
+    """With subdirectories, an executable, and names that sort differently with a slash."""
     for name in ("a.b", "a/x", "a-b", "ñ"):
         path = git_repository / name
         path.parent.mkdir(exist_ok=True)
@@ -43,16 +45,61 @@ def test_tree_hash_is_gits(git_repository: Path, tmp_path: Path) -> None:
     assert checkout.hash_tree(git_repository) == tree
 
 
-def test_the_checkout_is_the_patched_pin_and_made_once(fake_upstream: Path) -> None:
+def test_checkout_is_patched_and_fetched_once(fake_upstream: Path) -> None:
     directory = checkout.ensure()
-    assert files(directory) == ["build_pretraining_dataset.py", "model", "run.sh", "run_pretraining.py"]
+    scripts = ["build_pretraining_dataset.py", "model", "run.sh", "run_pretraining.py"]
+    assert names(directory) == scripts
     assert (directory / "run_pretraining.py").read_text(encoding="utf-8").startswith("# patched\n")
     fake_upstream.rename(fake_upstream.with_name("gone"))
     assert checkout.ensure() == directory, "a verified checkout needs no remote"
 
 
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Have opening the lock fail with an errno, as it does where the directory is read-only."""
+
+    def fail(path: Path, **options: bool) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(checkout, "lock", fail)
+
+
+def test_existing_checkout_is_used_without_writing(
+    fake_upstream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = checkout.ensure()
+    (paths.vendor_directory() / ".lock").unlink()
+    refuse_writing(monkeypatch, errno.EROFS)
+    assert checkout.ensure() == directory
+    assert names(paths.vendor_directory()) == [directory.name, "electra.lock"]
+
+
+@pytest.mark.parametrize("in_checkout", [True, False])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_unwritable_directory_is_named_with_a_fix(
+    fake_upstream: Path, monkeypatch: pytest.MonkeyPatch, number: int, in_checkout: bool
+) -> None:
+    monkeypatch.setattr(paths, "IN_CHECKOUT", in_checkout)
+    refuse_writing(monkeypatch, number)
+    message = refusal()
+    assert message.startswith(f"{paths.vendor_directory()}, ") and os.strerror(number) in message
+    assert ("a clone of electra_wrap" if in_checkout else "set XDG_CACHE_HOME") in message
+    assert "--set engine=native" in message
+
+
+def test_directory_that_cannot_be_made_is_named(
+    fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    vendor = tmp_path / "file" / "electra_wrap"
+    monkeypatch.setattr(paths, "vendor_directory", lambda: vendor)
+    with pytest.raises(EnvironmentProblem, match=f"^{vendor}, .* cannot be written"):
+        checkout.ensure()
+
+
 @pytest.mark.parametrize("kind", ["clone", "mirror", "bundle", "url", "insteadOf", "newer"])
-def test_every_kind_of_source(fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_every_kind_of_source(
+    fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     source: str | None = str(tmp_path / "source")
     if kind == "clone":
         git(tmp_path, "clone", "--quiet", str(fake_upstream), "source")
@@ -66,18 +113,20 @@ def test_every_kind_of_source(fake_upstream: Path, tmp_path: Path, monkeypatch: 
         source = str(fake_upstream)
         (fake_upstream / "later.py").write_text("", encoding="utf-8")
         git(fake_upstream, "add", "--all")
-        git(fake_upstream, "-c", "user.name=t", "-c", "user.email=t@e", "commit", "--quiet", "-m", "later")
+        author = ("-c", "user.name=t", "-c", "user.email=t@e")
+        git(fake_upstream, *author, "commit", "--quiet", "-m", "later")
     else:
+        url = "https://host.invalid/e.git"
         lock = paths.LOCK_FILE.read_text(encoding="utf-8")
-        paths.LOCK_FILE.write_text(lock.replace(str(fake_upstream), "https://host.invalid/e.git"), encoding="utf-8")
+        paths.LOCK_FILE.write_text(lock.replace(str(fake_upstream), url), encoding="utf-8")
         config = tmp_path / "gitconfig"
-        config.write_text(f'[url "{fake_upstream}"]\n insteadOf = https://host.invalid/e.git\n', encoding="utf-8")
+        config.write_text(f'[url "{fake_upstream}"]\n insteadOf = {url}\n', encoding="utf-8")
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
         source = None
     assert (checkout.ensure(source) / "model" / "__init__.py").is_file()
 
 
-def test_git_variables_of_the_caller_do_not_lead_elsewhere(
+def test_git_variables_of_the_caller_have_no_effect(
     fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
@@ -86,7 +135,9 @@ def test_git_variables_of_the_caller_do_not_lead_elsewhere(
     assert not (tmp_path / "other").exists() and not (tmp_path / "index").exists()
 
 
-def test_nothing_of_the_users_git_runs(fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_hooks_of_the_user_do_not_run(
+    fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("post-checkout", "post-index-change", "reference-transaction"):
         hook = tmp_path / "template" / "hooks" / name
         hook.parent.mkdir(parents=True, exist_ok=True)
@@ -100,14 +151,15 @@ def test_nothing_of_the_users_git_runs(fake_upstream: Path, tmp_path: Path, monk
     assert not (tmp_path / "ran").exists()
 
 
-def test_two_that_come_at_once_share_one_checkout(fake_upstream: Path, tmp_path: Path) -> None:
-    (paths.vendor_directory() / ".fetch-by-somebody-who-was-killed").mkdir()
+def test_concurrent_callers_share_one_checkout(fake_upstream: Path) -> None:
+    (paths.vendor_directory() / ".fetch-of-a-killed-process").mkdir()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: checkout.ensure(), range(4)))) == 1
-    assert files(paths.vendor_directory()) == sorted([".lock", "electra.lock", checkout.Pin.read().directory.name])
+    directory = checkout.Pin.read().directory.name
+    assert names(paths.vendor_directory()) == [".lock", directory, "electra.lock"]
 
 
-def touch_line(directory: Path) -> None:
+def add_line(directory: Path) -> None:
     path = directory / "build_pretraining_dataset.py"
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
 
@@ -115,57 +167,67 @@ def touch_line(directory: Path) -> None:
 @pytest.mark.parametrize(
     "tamper",
     [
-        touch_line,
+        add_line,
         lambda d: (d / "sitecustomize.py").write_text("", encoding="utf-8"),
         lambda d: (d / "model" / "__init__.py").unlink(),
         lambda d: (d / "run.sh").chmod(0o644),
         lambda d: (d / "submodule").mkdir(),
-        lambda d: (d / ".git" / "hooks").mkdir(parents=True) or (d / ".git" / "hooks" / "post-checkout").touch(),
-        lambda d: (d / ".git").mkdir() or (d / ".git" / "x").write_text("", encoding="utf-8"),
+        lambda d: (d / ".git").mkdir() or (d / ".git" / "post-checkout").touch(),
     ],
-    ids=["line", "new file", "missing file", "mode", "submodule", "hook", "git directory"],
+    ids=["line", "new file", "missing file", "mode", "submodule", "git directory"],
 )
-def test_a_touched_checkout_is_refused(fake_upstream: Path, tamper: Callable[[Path], None]) -> None:
+def test_changed_checkout_is_refusal(fake_upstream: Path, tamper: Callable[[Path], None]) -> None:
     directory = checkout.ensure()
     tamper(directory)
-    with pytest.raises(EnvironmentLacks, match=r"was changed: its tree is .* pinned is"):
+    with pytest.raises(EnvironmentProblem, match=r"was changed: its tree is .* pinned is"):
         checkout.ensure()
 
 
-def test_another_patch_is_refused(fake_upstream: Path) -> None:
+def test_other_patches_are_refusal(fake_upstream: Path) -> None:
     (paths.PATCHES / "0002-more.patch").write_text(
-        "diff --git a/run.sh b/run.sh\n--- a/run.sh\n+++ b/run.sh\n@@ -0,0 +1 @@\n+#\n", encoding="utf-8"
+        "diff --git a/run.sh b/run.sh\n--- a/run.sh\n+++ b/run.sh\n@@ -0,0 +1 @@\n+#\n",
+        encoding="utf-8",
     )
-    assert "the patches give tree" in refused()
+    assert "the patches give tree" in refusal()
     (paths.PATCHES / "0002-more.patch").write_text(
         "diff --git a/none b/none\n--- a/none\n+++ b/none\n@@ -1 +1 @@\n-a\n+b\n", encoding="utf-8"
     )
-    assert "0002-more.patch does not apply" in refused()
+    assert "0002-more.patch does not apply" in refusal()
 
 
-def test_another_commit_or_tree_is_refused(fake_upstream: Path) -> None:
+def test_other_commit_or_tree_is_refusal(fake_upstream: Path) -> None:
     lock = paths.LOCK_FILE.read_text(encoding="utf-8")
     paths.LOCK_FILE.write_text(lock.replace('\ntree = "', '\ntree = "f'), encoding="utf-8")
-    assert "pinned is f" in refused()
+    assert "pinned is f" in refusal()
     pin = checkout.Pin.read()
     paths.LOCK_FILE.write_text(lock.replace(pin.commit, "0" * 40), encoding="utf-8")
-    assert "does not give commit 000000000000" in refused()
+    assert "does not give commit 000000000000" in refusal()
 
 
-def test_an_unreachable_remote_says_how_to_go_on(fake_upstream: Path, tmp_path: Path) -> None:
-    for source in ("http://127.0.0.1:9/e.git", str(tmp_path / "nowhere"), "ext::sh -c 'touch /tmp/x'"):
-        began = time.monotonic()
-        assert "with a local clone, mirror or bundle of it: --upstream PATH" in refused(source)
-        assert time.monotonic() - began < 10
+def test_unreachable_remote_is_reported_with_both_alternatives(
+    fake_upstream: Path, tmp_path: Path
+) -> None:
+    command = f"ext::sh -c 'touch {tmp_path}/ran'"
+    for source in ("http://127.0.0.1:9/e.git", str(tmp_path / "nowhere"), command):
+        started = time.monotonic()
+        message = refusal(source)
+        assert "local clone, mirror or bundle of it with --upstream PATH" in message
+        assert "--set engine=native" in message
+        assert time.monotonic() - started < 10
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_remote_that_never_answers_is_given_up(fake_upstream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_that_never_answers_is_unreachable(
+    fake_upstream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkout, "ANSWER_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert "cannot be reached" in refused(f"http://127.0.0.1:{silent.getsockname()[1]}/e.git")
+        assert "cannot be reached" in refusal(f"http://127.0.0.1:{silent.getsockname()[1]}/e.git")
 
 
-def test_vendor_says_so_in_one_line_with_exit_code_3(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_vendor_prints_the_checkout_or_fails_in_one_line(
+    cli: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     pin = checkout.Pin.read()
     if pin.directory.exists():
         done = cli("vendor")
@@ -175,8 +237,9 @@ def test_vendor_says_so_in_one_line_with_exit_code_3(cli: Callable[..., subproce
         assert done.returncode == 3 and done.stderr.count("\n") == 1
 
 
-def test_patches_keep_no_text_of_upstream_but_what_they_remove() -> None:
-    """Zero context: every line is a header, an insertion of ours, or one of very few removals."""
+def test_patches_have_no_text_of_upstream_but_what_they_remove() -> None:
+    """Zero context: every line is a header, an insertion, or one of very few removals."""
+    headers = ("diff --git ", "index ", "--- ", "+++ ", "@@ ", "+", "-")
     patches = sorted(paths.PATCHES.parent.joinpath("patches").glob("*.patch"))
     assert patches
     removed = 0
@@ -184,7 +247,7 @@ def test_patches_keep_no_text_of_upstream_but_what_they_remove() -> None:
         text = patch.read_text(encoding="utf-8")
         assert text.startswith("What: ") and "\nWhy: " in text
         body = text[text.index("diff --git") :].splitlines()
-        assert all(line.startswith(("diff --git ", "index ", "--- ", "+++ ", "@@ ", "+", "-")) for line in body)
+        assert all(line.startswith(headers) for line in body)
         assert all(line.endswith("@@") for line in body if line.startswith("@@"))
         removed += sum(line.startswith("-") and not line.startswith("---") for line in body)
     assert removed <= 10

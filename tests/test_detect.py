@@ -1,11 +1,10 @@
-"""`detect`: texts in, what the generator does to them, what the discriminator finds of it, one screen."""
+"""`detect`: reading texts, replacement by the generator, predictions, tables."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import io
-import itertools
 import json
 import re
 import shutil
@@ -19,20 +18,22 @@ from conftest import SPANISH, child
 from rich.cells import cell_len
 from rich.console import Console
 
-from electra_wrap import check, process, screen, vocab
+from electra_wrap import inference, run, subprocesses
+from electra_wrap.data import vocab
 from electra_wrap.errors import StageFailed
+from electra_wrap.tools import detect
 
 Cli = Callable[..., Any]
+Results = list[dict[str, Any]]
 
-CHECK, REPLACE = "electra_wrap.check", {"task": "replace"}
-
-#: Positions of the models; each sentence fits in.
+#: Positions of the models; each sentence fits.
 LENGTH = 80
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzáéíñóúABCDELMNQ.,:¿?¡!—"
-TOKENS = [*vocab.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:32]), "El", "Los", "niño", "una", "en", "de"]
+WORDS = ["El", "Los", "niño", "una", "en", "de"]
+TOKENS = [*vocab.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:32]), *WORDS]
 
-#: No text of these may break anything.
+#: Special tokens, control characters, emoji, other scripts, long words, no tokens.
 UNUSUAL = [
     "x [MASK] y [SEP] z",
     "una\x00\x1b[31m\x07 de\tla\u202enoche\u2066",
@@ -48,125 +49,146 @@ UNUSUAL = [
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory's hf/, with random weights."""
+    """The hf/ of a run directory, with random weights."""
     hf = tmp_path_factory.mktemp("models") / "hf"
     child("write_models.py", hf, str(LENGTH), stdin="\n".join(TOKENS))
     return hf
 
 
 @pytest.fixture(scope="session")
-def ask(models: Path) -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """Return a function that asks `detect` or, with a seed, `replace` about texts; all in one child."""
+def replace(models: Path) -> Iterator[Callable[..., Results]]:
+    """A function that calls `inference.replace` with texts and a seed, always in one child."""
     jobs: collections.deque[dict[str, Any]] = collections.deque()
 
-    def call(*texts: str, seed: int | None = None) -> list[dict[str, Any]]:
-        job = {"task": "detect", "model": str(models / "discriminator")}
-        jobs.append({"texts": texts} | (job if seed is None else {**REPLACE, "model_dir": str(models), "seed": seed}))
-        return list(next(answers))
+    def call(*texts: str, seed: int = 0) -> Results:
+        jobs.append({"model_dir": str(models), "texts": texts, "seed": seed})
+        return list(next(results))
 
-    with contextlib.closing(process.calls(CHECK, iter(jobs.popleft, None), env=check.ENVIRONMENT)) as answers:
+    calls = subprocesses.call_each(
+        "electra_wrap.inference", "replace", iter(jobs.popleft, None), env=subprocesses.OFFLINE
+    )
+    with contextlib.closing(calls) as results:
         yield call
 
 
 @pytest.fixture(scope="session")
-def replaced(ask: Callable[..., list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """What `replace` does to texts with each of 400 seeds: to one word, a sentence, and at first to all others."""
-    first, more = ("niño", SPANISH[0]), (*SPANISH[1:], *UNUSUAL)
-    return [ask(*first, *more, seed=seed) if seed < 10 else ask(*first, seed=seed) for seed in range(400)]
+def replaced(replace: Callable[..., Results]) -> list[Results]:
+    """Results for each of 400 seeds: of a word and a sentence, and for 10 seeds of all texts."""
+    texts = ("niño", SPANISH[0])
+    more = (*SPANISH[1:], *UNUSUAL)
+    return [
+        replace(*texts, *(more if seed < 10 else ()), seed=seed)  # fewer texts: it takes seconds
+        for seed in range(400)
+    ]
 
 
-def test_a_file_of_many_texts_is_answered_line_by_line(cli: Cli, models: Path, tmp_path: Path) -> None:
-    texts = [f"{sentence} {number}" for number, sentence in enumerate(SPANISH * (check.BATCH // 4))]
+def test_file_gives_one_json_object_per_line(cli: Cli, models: Path, tmp_path: Path) -> None:
+    texts = [
+        f"{sentence} {number}"
+        for number, sentence in enumerate(SPANISH * (inference.BATCH_SIZE // 4))
+    ]
     (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join(texts).encode())
     done = cli("detect", "--model", str(models), "--file", "texts.txt", "--json")
-    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == texts and done.stderr == ""
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == texts
+    assert done.stderr == ""
 
 
-def test_the_last_line_counts_and_what_was_cut_is_said_once(cli: Cli, models: Path) -> None:
-    """The same texts as arguments, with JSON, and from stdin, with a screen whose counts must be those of the JSON."""
+def test_last_line_counts_and_truncation_is_reported_once(cli: Cli, models: Path) -> None:
+    """The same texts as arguments with --json, and from stdin as tables."""
     texts = [*SPANISH, "en de una " * 40, "en", "una " * 100]
     arguments = ("detect", "--model", str(models), "--replace", "--seed", "5")
-    by_arguments, by_stdin = cli(*arguments, "--json", *texts), cli(*arguments, stdin="\n\n".join(texts))
+    as_json = cli(*arguments, "--json", *texts)
+    as_tables = cli(*arguments, stdin="\n\n".join(texts))
     changed = found = alarms = 0
-    results = json.loads(by_arguments.stdout)
-    for one in results:
-        for before, after, verdict in zip(one["original"], one["tokens"], one["replaced"], strict=True):
+    results = json.loads(as_json.stdout)
+    for result in results:
+        columns = (result["original"], result["tokens"], result["replaced"])
+        for before, after, predicted in zip(*columns, strict=True):
             changed += before != after
-            found += before != after and verdict
-            alarms += before == after and verdict
+            found += before != after and predicted
+            alarms += before == after and predicted
     assert changed > found > 0 < alarms
-    last = by_stdin.stdout.splitlines()[-1]
-    assert last == f"in all, {len(texts)} texts: {changed} replaced, {found} found; {alarms} false alarms"
+    counts = f"{changed} replaced, {found} found, {alarms} false alarms"
+    assert as_tables.stdout.splitlines()[-1] == f"{len(texts)} texts: {counts}"
 
-    assert [one["text"][: one["cut"]] for one in results[-3:]] == [("en de una " * 26)[:-1], "en", ("una " * 78)[:-1]]
-    said = "electra_wrap: 2 texts were longer than the 78 tokens that the model reads, and cut there\n"
-    assert by_arguments.stderr == by_stdin.stderr == said
+    read = [result["text"][: result["cut"]] for result in results[-3:]]
+    assert read == [("en de una " * 26)[:-1], "en", ("una " * 78)[:-1]]
+    message = "electra_wrap: texts truncated to the model's 78 tokens: 2\n"
+    assert as_json.stderr == as_tables.stderr == message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin", "says"),
+    ("arguments", "stdin", "message"),
     [
         ((), " \n\n", "stdin has no text"),
         (("",), "", "the command has no text"),
-        (("--file", "latin1.txt"), "", "line 2 of latin1.txt is not UTF-8"),
+        (("--file", "latin1.txt"), "", "text 2 of latin1.txt is not UTF-8"),
         (("--file", "nowhere.txt"), "", "nowhere.txt"),
         (("--file", "latin1.txt", "x"), "", "leave out one"),
         (("--seed", "1", "x"), "", "--replace only"),
         (("--replace", "x"), "", "has no generator"),
-        (("--replace", "x", "--model", "other"), "", "take both from one training"),
+        (("--replace", "x", "--model", "other"), "", "use two models of one training"),
+        (("x", "--model", "nowhere"), "", "give a run directory"),
+        (("x", "--model", "new-run"), "", "new-run has no exported model yet; `run` exports it"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(
-    cli: Cli, models: Path, tmp_path: Path, arguments: tuple[str, ...], stdin: str, says: str
+def test_error_is_one_line(
+    cli: Cli, models: Path, tmp_path: Path, arguments: tuple[str, ...], stdin: str, message: str
 ) -> None:
     (tmp_path / "latin1.txt").write_bytes("sí\n".encode() + "año\n".encode("latin-1"))
     shutil.copytree(models / "discriminator", tmp_path / "alone" / "discriminator")
     (tmp_path / "other").symlink_to(models / "other")
+    (tmp_path / "new-run").mkdir()
+    (tmp_path / "new-run" / run.MANIFEST).write_text("{}")
     done = cli("detect", "--model", "alone", "--json", *arguments, stdin=stdin)
-    assert done.returncode in (2, 3) and says in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode in (2, 3) and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_next_text_is_read_when_the_last_is_answered(models: Path) -> None:
-    """So a file of any size takes the memory of one batch."""
+def test_texts_are_read_batch_by_batch(models: Path) -> None:
+    """So that memory does not grow with the file."""
     read: list[str] = []
-    results = check.ask(
-        {"task": "detect", "model": str(models / "discriminator")}, (read.append(s) or s for s in SPANISH), 2
-    )
-    for number, _ in enumerate(results):
+    texts = (read.append(text) or text for text in SPANISH)
+    arguments = {"model": str(models / "discriminator")}
+    for number, _ in enumerate(inference.infer("detect", arguments, texts, 2)):
         assert len(read) == number - number % 2 + 2
 
 
-def test_a_child_that_dies_is_a_failed_stage() -> None:
+def test_child_that_dies_is_a_failed_stage() -> None:
+    jobs = [{"more": "than a pipe holds" * 10_000}]
     with pytest.raises(StageFailed, match="ended with code 1"):
-        list(process.calls("electra_wrap.nothing", [{"more": "than a pipe holds" * 10_000}]))
+        list(subprocesses.call_each("electra_wrap.nothing", "replace", jobs))
 
 
-def test_replace_is_repeatable_and_heeds_the_seed(ask: Callable[..., Any], replaced: list[Any]) -> None:
-    """One by one and in another order: a text's replacements are those of its seed."""
-    for one in reversed(replaced[3]):
-        (again,) = ask(one["text"], seed=3)
-        assert {**again, "probabilities": 0} == {**one, "probabilities": 0}
+def test_replacements_depend_on_text_and_seed_alone(
+    replace: Callable[..., Results], replaced: list[Results]
+) -> None:
+    for result in reversed(replaced[3]):
+        (again,) = replace(result["text"], seed=3)
+        assert {**again, "probabilities": 0} == {**result, "probabilities": 0}
     assert len({json.dumps(results[1]["masked"]) for results in replaced}) > 50
 
 
-def test_the_generator_changes_what_is_masked_and_nothing_else(replaced: list[Any]) -> None:
-    for one in (one for results in replaced for one in results):
-        after = dict(zip(one["masked"], one["sampled"], strict=True))
-        assert one["tokens"] == [after.get(place, token) for place, token in enumerate(one["original"])]
-        differ = [
-            place for place, pair in enumerate(zip(one["original"], one["tokens"], strict=True)) if len({*pair}) > 1
-        ]
-        assert one["changed"] == differ
-        assert len(one["tokens"]) == len(one["probabilities"]) == len(one["replaced"])
-        ordinary = [place for place, token in enumerate(one["original"]) if token not in vocab.SPECIAL_TOKENS]
-        assert set(one["masked"]) <= set(ordinary)
-        wanted = max(1, round(0.15 * (len(one["original"]) + 2)))
-        assert len(one["masked"]) == min(len(ordinary), wanted)
-    assert any(len(one["changed"]) < len(one["masked"]) for results in replaced for one in results)
+def test_only_masked_tokens_are_replaced(replaced: list[Results]) -> None:
+    for result in (result for results in replaced for result in results):
+        original, tokens = result["original"], result["tokens"]
+        sampled = dict(zip(result["masked"], result["sampled"], strict=True))
+        assert tokens == [sampled.get(position, token) for position, token in enumerate(original)]
+        pairs = enumerate(zip(original, tokens, strict=True))
+        assert result["changed"] == [position for position, (a, b) in pairs if a != b]
+        assert len(tokens) == len(result["probabilities"]) == len(result["replaced"])
+        ordinary = [p for p, token in enumerate(original) if token not in vocab.SPECIAL_TOKENS]
+        assert set(result["masked"]) <= set(ordinary)
+        share = max(1, round(0.15 * (len(original) + 2)))
+        assert len(result["masked"]) == min(len(ordinary), share)
+    assert any(
+        len(result["changed"]) < len(result["masked"]) for results in replaced for result in results
+    )
 
 
-def test_samples_have_the_generators_softmax(models: Path, replaced: list[Any], tmp_path: Path) -> None:
-    """400 samples of a masked token: at another temperature they are others."""
+def test_samples_follow_the_generators_softmax(
+    models: Path, replaced: list[Results], tmp_path: Path
+) -> None:
+    """400 samples of a masked token. They fail the test at another temperature."""
     ids = np.array([[TOKENS.index(token) for token in ("[CLS]", "[MASK]", "[SEP]")]])
     np.savez(tmp_path / "in.npz", ids, np.ones_like(ids), np.zeros_like(ids))
     child("hf_logits.py", models, tmp_path / "in.npz", tmp_path / "out.npz", stdin="[]")
@@ -177,86 +199,79 @@ def test_samples_have_the_generators_softmax(models: Path, replaced: list[Any], 
     counts = np.array([seen[token] for token in TOKENS])
     frequent = expected > 5
     chi_square = (((counts - expected) ** 2 / expected)[frequent]).sum()
-    assert frequent.sum() > 3 and abs(counts[~frequent].sum() - expected[~frequent].sum()) < 40
+    assert frequent.sum() > 3
+    assert abs(counts[~frequent].sum() - expected[~frequent].sum()) < 40
     assert chi_square < frequent.sum() + 4 * (2 * frequent.sum()) ** 0.5
 
 
-def test_places_are_masked_equally_often(replaced: list[Any]) -> None:
-    masked = collections.Counter(place for results in replaced for place in results[1]["masked"])
+def test_positions_are_masked_equally_often(replaced: list[Results]) -> None:
+    masked = collections.Counter(p for results in replaced for p in results[1]["masked"])
     number = len(replaced[0][1]["tokens"])
     expected = sum(masked.values()) / number
-    assert all(abs(masked[place] - expected) < 5 * expected**0.5 for place in range(number))
+    assert all(abs(masked[p] - expected) < 5 * expected**0.5 for p in range(number))
 
 
-def test_a_batch_gives_what_one_by_one_gives(ask: Callable[..., Any]) -> None:
-    for one in ask(*SPANISH, *UNUSUAL):
-        (alone,) = ask(one["text"])
-        assert one["tokens"] == alone["tokens"]
-        assert one["probabilities"] == pytest.approx(alone["probabilities"], abs=2e-5)
+def test_batch_gives_the_results_of_single_texts(models: Path) -> None:
+    texts = [*SPANISH, *UNUSUAL]
+    arguments = {"model": str(models / "discriminator")}
+    batch = inference.infer("detect", arguments, texts, len(texts))
+    single = inference.infer("detect", arguments, texts, 1)
+    for one, other in zip(batch, single, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-5)
 
 
-def shown(results: list[dict[str, Any]], width: int, generated: bool = True) -> str:
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    screen.show(results, generated, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+def show(results: Results, width: int = 80) -> list[str]:
+    """Return the printed lines, without colors."""
+    file = io.StringIO()
+    detect.show(results, Console(file=file, width=width, highlight=False))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
-def result(*tokens: str, changed: dict[int, str] | None = None, found: tuple[int, ...] = ()) -> dict[str, Any]:
-    changed = changed or {}
-    return {
-        "text": " ".join(tokens),
-        "original": [changed.get(place, token) for place, token in enumerate(tokens)],
-        "masked": [0, *changed],
-        "changed": [*changed],
-        "tokens": [*tokens],
-        "probabilities": [0.987 if place in found else 0.012 for place in range(len(tokens))],
-        "replaced": [int(place in found) for place in range(len(tokens))],
-        "cut": None,
+def test_table_shows_original_and_verdict_without_color() -> None:
+    result = {
+        "text": "Los pájaros cantan en la casa",
+        "original": ["Los", "pája", "##ros", "cantan", "en", "casa"],
+        "changed": [3, 5],
+        "tokens": ["Los", "pája", "##ros", "beben", "en", "mesa"],
+        "probabilities": [0.012, 0.9, 0.012, 0.987, 0.012, 0.45],
+        "replaced": [0, 1, 0, 1, 0, 0],
+        "cut": 29,
     }
-
-
-def test_without_colour_the_marks_say_it() -> None:
-    one = result("Los", "pája", "##ros", "beben", "en", "casa", changed={3: "cantan", 5: "la"}, found=(1, 3))
-    assert [line.rstrip() for line in shown([one], 80).splitlines()[-7:]] == [
-        "generator  Los pája##ros *beben* en *casa*",
+    assert [" ".join(line.split()) for line in show([result])] == [
+        "Los pájaros cantan en la casa",
+        "token original replaced?",
+        "Los 1.2%",
+        "pája 90.0% false alarm",
+        "##ros 1.2%",
+        "beben cantan 98.7% found",
+        "en 1.2%",
+        "mesa casa 45.0% missed",
+        "2 replaced, 1 found, 1 false alarms",
         "",
-        "=                cantan       la",
-        "Los  pája ##ros  *beben*  en  *casa*",
-        "1%   99%! 1%     99%!     1%  1%",
-        "",
-        "2 replaced, 1 found; 1 false alarm",
     ]
 
 
-@pytest.mark.parametrize(
-    ("one", "says"),
-    [
-        (result("a", "b"), "0 replaced: what the generator put in was there before; 0 false alarms"),
-        (result("[MASK]") | {"masked": []}, "0 replaced: no token can be masked; 0 false alarms"),
-    ],
-)
-def test_that_nothing_changed_is_said(one: dict[str, Any], says: str) -> None:
-    assert shown([one], 80).splitlines()[-1] == says
+def test_table_without_generator_marks_predictions() -> None:
+    result = {
+        "text": "Los en",
+        "tokens": ["Los", "en"],
+        "probabilities": [0.02, 0.7],
+        "replaced": [0, 1],
+        "cut": None,
+    }
+    assert [" ".join(line.split()) for line in show([result])] == [
+        "Los en",
+        "token replaced?",
+        "Los 2.0%",
+        "en 70.0% replaced",
+        "1 of 2 tokens are predicted to be replaced",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_no_line_is_wider_than_the_terminal(replaced: list[Any], width: int) -> None:
-    """And none has what a terminal would obey; columns and pieces of words stay together."""
-    long = result("Los", "x" * 100, *["##漢字"] * 60, "fin", changed={1: "y" * 100})
-    for one in [*(one for results in replaced[:5] for one in results), long]:
-        text = shown([one], width)
-        assert all(cell_len(line) <= width for line in text.splitlines())
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
-    pieces = result(*["uno", "##dos", "##tres"] * 20)
-    rows = shown([pieces], width).splitlines()
-    assert not any(row.startswith("##") for row in rows[5:])
-
-
-def test_each_token_is_above_its_probability(replaced: list[Any]) -> None:
-    for one in replaced[0]:
-        columns: list[str] = []
-        lines = shown([one | {"masked": [], "changed": []}], 60).splitlines()
-        for tokens, percents in itertools.pairwise(lines):
-            if re.fullmatch(r"(\d+%!? *)+", percents):
-                columns += [tokens[found.start() :].split()[0] for found in re.finditer(r"\d+%", percents)]
-        assert columns == one["tokens"]
+def test_output_fits_the_terminal_and_controls_nothing(replaced: list[Results], width: int) -> None:
+    for line in show([result for results in replaced[:5] for result in results], width):
+        assert cell_len(line) <= width
+        assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]", line)

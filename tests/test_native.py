@@ -1,4 +1,4 @@
-"""The native engine against upstream's graph, against itself, and against the arithmetic that it replaces."""
+"""The native engine: equal to upstream's graph, reproducible, and resumable."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ import test_weights
 from conftest import SPANISH, TESTS, child, tiny
 from safetensors.numpy import load_file
 
-from electra_wrap import metrics, process, stages, vocab, weights
-from electra_wrap.errors import StageFailed, UsageError
-from electra_wrap.native import checkpoints, examples
-from electra_wrap.native import engine as native_engine
+from electra_wrap import engines, events, metrics, subprocesses, weights
+from electra_wrap.data import tfrecords, vocab
+from electra_wrap.engine import Checkpoint
+from electra_wrap.errors import EnvironmentProblem, StageFailed, UsageError
+from electra_wrap.native import engine, examples
 from electra_wrap.native.batches import Batches, Masking
+from electra_wrap.native.checkpoints import checkpoint_path, checkpoint_steps
 from electra_wrap.native.examples import Store
+from electra_wrap.pipeline.execute import execute
 from electra_wrap.profile import NETWORKS
-from electra_wrap.rundir import RunDir
-from electra_wrap.stages import Run
+from electra_wrap.run import Run
 from electra_wrap.upstream import engine as upstream_engine
 from electra_wrap.upstream import records as upstream_records
+from electra_wrap.upstream.hparams import hparams
 
 
-def native(corpus: Path, directory: Path, *overrides: str, **keys: Any) -> Run:
-    """A run of the native engine whose examples are there."""
-    run = Run(tiny(corpus, 'engine="native"', *overrides, **keys), RunDir(directory))
-    stages.execute(run, "examples")
+def native(corpus: Path, directory: Path, *overrides: str, **options: Any) -> Run:
+    """Return a run of the native engine that has its examples."""
+    run = Run(tiny(corpus, 'engine="native"', *overrides, **options), directory)
+    execute(run, until="examples")
     return run
 
 
 def make_vocabulary(path: Path, *texts: str) -> list[str]:
-    """Write a vocabulary of the characters of the texts, alone and inside a word."""
+    """Write a vocabulary of the characters of the texts, at the start and inside of words."""
     characters = sorted(set("".join(texts)) - {" ", "\n"})
     tokens = [*vocab.SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters)]
     path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
@@ -53,11 +56,15 @@ START, STEPS = 3, 20
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with data, and a model at step 3 with weights and slots of its own: upstream's, and handed over."""
+    """A run with examples and a model at step 3, with nonzero slots, made by upstream.
+
+    The directory `theirs` beside the model's has upstream's checkpoint.
+    """
     directory = tmp_path_factory.mktemp("continued")
     tokens = make_vocabulary(directory / "vocab.txt", *SPANISH)
     words = " ".join(SPANISH).split()
-    documents = (" ".join(words[i % 50 : i % 50 + 1 + i % 9]) for i in range(400))  # many shorter than an example
+    # Many documents are shorter than an example.
+    documents = (" ".join(words[i % 50 : i % 50 + 1 + i % 9]) for i in range(400))
     (directory / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
     run = native(
         directory / "text.txt",
@@ -71,85 +78,99 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> Run:
     values = test_weights.variables(**SHAPE, vocabulary=len(tokens))
     random = np.random.default_rng(1)
     for name in [name for name in values if name != "global_step" and "/adam_" not in name]:
-        values[f"{name}/adam_m"] = random.normal(0, 0.01, values[name].shape).astype(np.float32)
-        values[f"{name}/adam_v"] = random.uniform(0, 0.001, values[name].shape).astype(np.float32)
+        shape = values[name].shape
+        values[f"{name}/adam_m"] = random.normal(0, 0.01, shape).astype(np.float32)
+        values[f"{name}/adam_v"] = random.uniform(0, 0.001, shape).astype(np.float32)
     run.model_dir.parent.mkdir()
     theirs = run.model_dir.with_name("theirs")
     test_weights.checkpoints({theirs: values})
-    out = str(checkpoints.path(run.model_dir, START))
-    test_weights.call(task="convert", checkpoint=str(theirs), out=out, slots=True)
+    test_weights.to_transformers(theirs, checkpoint_path(run.model_dir, START), slots=True)
     return run
 
 
-#: What upstream's graph gave for those steps: samples, losses, and norms of gradients, weights and slots.
+#: What upstream's graph gave for those steps: samples, losses, and norms of gradients, weights and
+#: slots.
 REFERENCE = TESTS / "reference.json"
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest difference as a share of the largest value."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def rows(run: Run) -> Iterator[tuple[str, weights.Row]]:
+def parameters(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield network, TensorFlow's and transformers' name of each parameter with a gradient."""
     for network in NETWORKS:
         shape = run.profile.model.shape(network)
         projection = shape.embedding_size != shape.hidden_size
-        for row in weights.rows(network, shape.num_hidden_layers, projection=projection):
-            # A key's bias has no gradient but rounding: softmax does not see it.
-            if not row.pytorch.endswith("attention.self.key.bias"):
-                yield network, row
+        mapping = weights.mapping(network, shape.num_hidden_layers, projection=projection)
+        for variable, pytorch in mapping.items():
+            # The softmax does not depend on a key's bias: its gradient is rounding.
+            if not pytorch.endswith("attention.self.key.bias"):
+                yield network, variable, pytorch
 
 
 def steps_of_both_engines(run: Run, upstream: Path, out: Path) -> dict[str, float]:
-    """Train on the same batches, masks and samples from the same checkpoint; return the largest differences.
+    """Train both engines on the same batches, masks and samples from the same checkpoint.
 
-    Of losses, gradients and weights as shares of the largest; afterwards `out` has all of both.
+    Return the largest differences of losses, gradients, weights and slots, as shares of the largest
+    values. `out` gets the results of both.
     """
     samples = out / "samples.npy"
     if not os.environ.get("ELECTRA_WRAP_RECORD"):
         np.save(samples, np.array(json.loads(REFERENCE.read_text(encoding="utf-8"))["samples"]))
-    child("native_steps.py", run.directory.path, out, *([samples] if samples.exists() else []))
-    hparams, theirs = out / "hparams.json", out / "theirs"
-    hparams.write_text(json.dumps(run.hparams()), encoding="utf-8")
+    child("native_steps.py", run.directory, out, *([samples] if samples.exists() else []))
+    hparams_file, theirs = out / "hparams.json", out / "theirs"
+    hparams_file.write_text(json.dumps(hparams(run.profile, run.vocab_size)), encoding="utf-8")
     theirs.mkdir()
-    child("upstream_steps.py", upstream, run.directory.path, "theirs", hparams, out / "steps.npz", theirs)
-    test_weights.call(
-        task="convert", checkpoint=str(run.model_dir.with_name("theirs")), out=str(theirs / "end"), slots=True
-    )
-    steps, losses = np.load(out / "steps.npz"), np.load(theirs / "losses.npz")["losses"]
-    found = {
+    recorded = out / "steps.npz"
+    child("upstream_steps.py", upstream, run.directory, "theirs", hparams_file, recorded, theirs)
+    test_weights.to_transformers(run.model_dir.with_name("theirs"), theirs / "end", slots=True)
+    steps, losses = np.load(recorded), np.load(theirs / "losses.npz")["losses"]
+    differences = {
         f"loss {name}": relative(steps[f"{name}_loss"], losses[:, i])
         for i, name in enumerate(("loss", "generator", "discriminator"))
     }
-    ours, their_gradients = np.load(out / "gradients.npz"), np.load(theirs / "gradients.npz")
-    found["gradient"] = max(
+    gradients, their_gradients = np.load(out / "gradients.npz"), np.load(theirs / "gradients.npz")
+    differences["gradient"] = max(
         relative(
-            ours[f"{network}.{row.pytorch}"],
-            their_gradients[row.tensorflow].T if row.transposed else their_gradients[row.tensorflow],
+            gradients[f"{network}.{pytorch}"],
+            their_gradients[variable].T
+            if weights.is_transposed(variable)
+            else their_gradients[variable],
         )
-        for network, row in rows(run)
+        for network, variable, pytorch in parameters(run)
     )
     for file in ("model", *weights.SLOTS):
         for network in NETWORKS:
             end, their_end = (
-                load_file(directory / "end" / network / f"{file}.safetensors") for directory in (out, theirs)
+                load_file(directory / "end" / network / f"{file}.safetensors")
+                for directory in (out, theirs)
             )
             assert set(end) == set(their_end)
-            there = max(
-                relative(end[row.pytorch], their_end[row.pytorch]) for name, row in rows(run) if name == network
+            largest = max(
+                relative(end[pytorch], their_end[pytorch])
+                for name, _, pytorch in parameters(run)
+                if name == network
             )
-            found[file] = max(found.get(file, 0.0), there)
-    return found
+            differences[file] = max(differences.get(file, 0.0), largest)
+    return differences
 
 
-def summary(run: Run, steps: Path, losses: np.ndarray, gradients: dict[str, np.ndarray], end: Path) -> dict[str, Any]:
-    """Steps in numbers few enough to keep. `gradients` are under the names of `{network}.{parameter}`."""
+def summary(
+    run: Run, steps: Path, losses: np.ndarray, gradients: dict[str, np.ndarray], end: Path
+) -> dict[str, Any]:
+    """Summarize steps in few numbers. `gradients` are named `{network}.{parameter}`."""
     norms = {}
-    for network, row in rows(run):
-        name = f"{network}.{row.pytorch}"
-        files = [load_file(end / network / f"{file}.safetensors")[row.pytorch] for file in ("model", *weights.SLOTS)]
-        norms[name] = [float(np.linalg.norm(value)) for value in (gradients[name], *files, *(f[:1] for f in files))]
-    return {"samples": np.load(steps)["sampled"].tolist(), "losses": losses.tolist(), "norms": norms}
+    for network, _, pytorch in parameters(run):
+        files = [
+            load_file(end / network / f"{file}.safetensors")[pytorch]
+            for file in ("model", *weights.SLOTS)
+        ]
+        values = [gradients[f"{network}.{pytorch}"], *files, *(f[:1] for f in files)]
+        norms[f"{network}.{pytorch}"] = [float(np.linalg.norm(value)) for value in values]
+    sampled = np.load(steps)["sampled"]
+    return {"samples": sampled.tolist(), "losses": losses.tolist(), "norms": norms}
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -161,86 +182,124 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.upstream
-def test_twenty_steps_are_those_of_upstreams_graph(upstream: Path, continued: Run, tmp_path: Path) -> None:
+def test_twenty_steps_equal_upstreams_graph(upstream: Path, continued: Run, tmp_path: Path) -> None:
     found = steps_of_both_engines(continued, upstream, tmp_path)
     assert max(found.values()) < 3e-5, found
-    positions = np.load(tmp_path / "steps.npz")["positions"].reshape(-1, 4)
-    assert any(len(set(row[row > 0])) < (row > 0).sum() for row in positions), "some positions are chosen twice"
+    steps, theirs = np.load(tmp_path / "steps.npz"), np.load(tmp_path / "theirs/gradients.npz")
+    positions = steps["positions"].reshape(-1, 4)
+    assert any(len(set(row[row > 0])) < (row > 0).sum() for row in positions), "some repeat"
     assert (positions == 0).any(), "some examples have fewer"
-    assert (np.load(tmp_path / "steps.npz")["sampled"] == 0).any(), "[PAD] is proposed"
-    losses, theirs = np.load(tmp_path / "theirs" / "losses.npz")["losses"], np.load(tmp_path / "theirs/gradients.npz")
-    gradients = {f"{network}.{row.pytorch}": theirs[row.tensorflow] for network, row in rows(continued)}
-    recorded = summary(continued, tmp_path / "steps.npz", losses, gradients, tmp_path / "theirs" / "end")
+    assert (steps["sampled"] == 0).any(), "[PAD] is sampled"
+    losses = np.load(tmp_path / "theirs" / "losses.npz")["losses"]
+    gradients = {f"{network}.{pytorch}": theirs[v] for network, v, pytorch in parameters(continued)}
+    end = tmp_path / "theirs" / "end"
+    recorded = summary(continued, tmp_path / "steps.npz", losses, gradients, end)
     if os.environ.get("ELECTRA_WRAP_RECORD"):
         REFERENCE.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
     assert_equal(recorded, json.loads(REFERENCE.read_text(encoding="utf-8")))
 
 
-def test_twenty_steps_are_those_recorded_from_upstreams_graph(continued: Run, tmp_path: Path) -> None:
-    """The same without upstream. (`ELECTRA_WRAP_RECORD=1 tox -e upstream` writes the record anew.)"""
+def test_twenty_steps_equal_the_recorded_ones(continued: Run, tmp_path: Path) -> None:
+    """The same without upstream. `ELECTRA_WRAP_RECORD=1 tox -e upstream` records them again."""
     expected = json.loads(REFERENCE.read_text(encoding="utf-8"))
     np.save(tmp_path / "samples.npy", np.array(expected["samples"]))
-    shutil.copytree(continued.directory.path, tmp_path / "run", ignore=shutil.ignore_patterns(f"step-{START + STEPS}"))
+    ignored = shutil.ignore_patterns(f"step-{START + STEPS}")
+    shutil.copytree(continued.directory, tmp_path / "run", ignore=ignored)
     child("native_steps.py", tmp_path / "run", tmp_path, tmp_path / "samples.npy")
     steps = np.load(tmp_path / "steps.npz")
-    losses = np.stack([steps[f"{name}_loss"] for name in ("loss", "generator", "discriminator")], 1)
+    names = ("loss", "generator", "discriminator")
+    losses = np.stack([steps[f"{name}_loss"] for name in names], 1)
     gradients = dict(np.load(tmp_path / "gradients.npz"))
-    assert_equal(summary(continued, tmp_path / "steps.npz", losses, gradients, tmp_path / "end"), expected)
+    end = tmp_path / "end"
+    assert_equal(summary(continued, tmp_path / "steps.npz", losses, gradients, end), expected)
 
 
 @pytest.mark.parametrize("text", ["many documents", "no document boundary", "odd"])
 @pytest.mark.upstream
-def test_examples_are_those_of_the_script(upstream: Path, corpus_text: Path, tmp_path: Path, text: str) -> None:
-    """In the same order, from the same seed: the store made of its records is the same, byte for byte."""
+def test_examples_equal_those_of_the_script(
+    upstream: Path, corpus_text: Path, tmp_path: Path, text: str
+) -> None:
+    """In the same order: the store made of the script's records has the same bytes."""
     source = corpus_text
-    overrides = [f"corpus.blank_lines_separate_documents={json.dumps(text != 'no document boundary')}", "train.seed=7"]
-    if text == "odd":  # lines of no token, of more tokens than an example has, of what looks like special tokens
-        lines = ["\u200b\u200d", "una [MASK] y [SEP] [PAD]", "##s", "x " * 100, "", "", "\u200b", "[UNK]", "ñandú"]
+    has_documents = json.dumps(text != "no document boundary")
+    overrides = [f"corpus.blank_lines_separate_documents={has_documents}", "train.seed=7"]
+    if text == "odd":  # lines without tokens, with more than an example has, with special tokens
+        lines = ["\u200b\u200d", "una [MASK] y [SEP] [PAD]", "##s", "x " * 100, "", "", "\u200b"]
+        lines += ["[UNK]", "ñandú"]
         source = tmp_path / "odd.txt"
-        source.write_text("\n".join([*lines * 30, *SPANISH, *reversed(lines)]), encoding="utf-8")
+        text = "\n".join([*lines * 30, *SPANISH, *reversed(lines)])
+        source.write_text(text, encoding="utf-8")
     run = native(source, tmp_path / "run", *overrides)
-    theirs = Run(tiny(source, *overrides), run.directory)
-    stages.execute(theirs, "tfrecords")
-    for name, records in zip(native_engine.OUTPUTS, upstream_engine.OUTPUTS, strict=True):
-        if name == "heldout_examples" and not run.recorded("corpus")["facts"]["held_out_lines"]:
+    execute(Run(tiny(source, *overrides), run.directory), until="examples")
+    for name, records in zip(engine.EXAMPLES, upstream_engine.EXAMPLES, strict=True):
+        ours, imported = run.directory / name, tmp_path / name
+        if name == "heldout_examples" and not len(Store(ours)):
             continue
-        job = {"directory": str(run.directory / records)}
-        out = tmp_path / name
-        number = process.call("electra_wrap.native.records", {**job, "out": str(out), "vocab_size": 300, "length": 32})
-        assert number == len(examples.Store(run.directory / name)) > 0
+        number = engine.import_records(run, run.directory / records, imported)
+        assert number == len(Store(ours)) > 0
         for file in ("tokens.bin", "index.bin", "store.json"):
-            assert (out / file).read_bytes() == (run.directory / name / file).read_bytes(), file
+            assert (imported / file).read_bytes() == (ours / file).read_bytes(), file
+
+
+def write_records(directory: Path, run: Run, segments: list[tuple[list[int], list[int]]]) -> None:
+    """Write a file of records with these first and second segments."""
+    tokens = {token: number for number, token in enumerate(vocab.read(run.vocabulary))}
+    directory.mkdir()
+    writer = tfrecords.RecordWriter(str(directory / "pretrain_data.tfrecord-0-of-1"))
+    for first, second in segments:
+        example = upstream_records.Example(tokens, first, second, 32)
+        writer.write(example.SerializeToString(deterministic=True))
+    writer.close()
+
+
+def test_records_are_imported_or_refused(corpus_text: Path, tmp_path: Path) -> None:
+    run = native(corpus_text, tmp_path / "run")
+    cls, sep = (vocab.read(run.vocabulary).index(token) for token in ("[CLS]", "[SEP]"))
+    write_records(tmp_path / "good", run, [([7, 8], [9]), ([10], [])])
+    assert engine.import_records(run, tmp_path / "good", tmp_path / "store") == 2
+    ids, lengths = Store(tmp_path / "store").read(np.arange(2), 8)
+    assert ids.tolist() == [[cls, 7, 8, sep, 9, sep, 0, 0], [cls, 10, sep, 0, 0, 0, 0, 0]]
+    assert lengths.tolist() == [4, 3]
+    write_records(tmp_path / "empty", run, [([], [])])
+    with pytest.raises(UsageError, match="without a token"):
+        engine.import_records(run, tmp_path / "empty", tmp_path / "refused")
+    write_records(tmp_path / "large", run, [([run.vocab_size], [])])
+    with pytest.raises(UsageError, match=f"up to id {run.vocab_size}.*correct the profile"):
+        engine.import_records(run, tmp_path / "large", tmp_path / "refused")
 
 
 @pytest.mark.upstream
-def test_existing_records_are_trained_on(upstream: Path, corpus_text: Path, tmp_path: Path) -> None:
-    built = Run(tiny(corpus_text, "corpus.held_out=0"), RunDir(tmp_path / "built"))
-    stages.execute(built, "tfrecords")
+def test_training_uses_existing_records(upstream: Path, corpus_text: Path, tmp_path: Path) -> None:
+    built = Run(tiny(corpus_text, "corpus.held_out=0"), tmp_path / "built")
+    execute(built, until="examples")
     records = built.directory / "pretrain_tfrecords"
-    keys = (f"tokenizer.source={built.vocabulary}",)
-    run = native(records, tmp_path / "run", *keys)
-    text = native(corpus_text, tmp_path / "text", *keys, "corpus.held_out=0")
+    vocabulary = f"tokenizer.source={built.vocabulary}"
+    run = native(records, tmp_path / "run", vocabulary)
+    text = native(corpus_text, tmp_path / "text", vocabulary, "corpus.held_out=0")
     found = []
-    for one in (run, text):
-        store = examples.Store(one.directory / "examples")
-        ids, firsts = store.read(np.arange(len(store)), 32)
-        found.append(sorted(np.column_stack([ids, firsts]).tolist()))
+    for directory in (run.directory, text.directory):
+        store = Store(directory / "examples")
+        ids, lengths = store.read(np.arange(len(store)), 32)
+        found.append(sorted(np.column_stack([ids, lengths]).tolist()))
     assert found[0] == found[1] and len(found[0]) > 100
-    theirs = Run(tiny(records, *keys), RunDir(tmp_path / "theirs"))
-    stages.execute(theirs, "tfrecords")
-    assert theirs.digest("pretrain_tfrecords") == built.digest("pretrain_tfrecords")
+    theirs = Run(tiny(records, vocabulary), tmp_path / "theirs")
+    execute(theirs, until="examples")
+    assert theirs.digest(theirs.directory / "pretrain_tfrecords") == built.digest(records)
     with pytest.raises(UsageError, match="has examples of 32 tokens"):
-        native(records, tmp_path / "other", *keys, "model.max_seq_length=16")
+        native(records, tmp_path / "other", vocabulary, "model.max_seq_length=16")
 
 
 @pytest.mark.upstream
-def test_a_run_changes_engines_half_way(upstream: Path, corpus_text: Path, tmp_path: Path) -> None:
-    """Upstream to native to upstream: weights and Adam's slots go over bit for bit, and training goes on."""
-    directory = RunDir(tmp_path / "run")
+def test_a_run_changes_engines_during_training(
+    upstream: Path, corpus_text: Path, tmp_path: Path
+) -> None:
+    """Upstream to native to upstream: weights and Adam's slots are handed over bit for bit."""
+    directory = tmp_path / "run"
 
-    def train(engine: str, steps: int) -> Run:
-        run = Run(tiny(corpus_text, f'engine="{engine}"', "train.learning_rate=0.01", steps=steps), directory)
-        stages.execute(run, "train")
+    def train(engine_name: str, steps: int) -> Run:
+        overrides = (f'engine="{engine_name}"', "train.learning_rate=0.01")
+        run = Run(tiny(corpus_text, *overrides, steps=steps), directory)
+        execute(run, until="train")
         return run
 
     def variables(model_dir: Path) -> dict[str, np.ndarray]:
@@ -248,61 +307,69 @@ def test_a_run_changes_engines_half_way(upstream: Path, corpus_text: Path, tmp_p
         return dict(np.load(model_dir / "values.npz"))
 
     train("upstream", 4)
-    run = Run(tiny(corpus_text, 'engine="native"', "train.learning_rate=0.01", steps=4), directory)
+    overrides = ('engine="native"', "train.learning_rate=0.01")
+    run = Run(tiny(corpus_text, *overrides, steps=4), directory)
     before = variables(run.model_dir)
-    out = tmp_path / "out"
-    upstream_engine.export(run, run.model_dir, 4, out, slots=True)
-    native_engine.adopt(run, 4, out)
-    native_engine.export(run, run.model_dir, 4, tmp_path / "back", slots=True)
+    theirs, ours = (Checkpoint(name, 4, run.model_dir) for name in ("upstream", "native"))
+    upstream_engine.export(run, theirs, tmp_path / "out", optimizer=True)
+    engine.import_checkpoint(run, tmp_path / "out", 4)
+    engine.export(run, ours, tmp_path / "back", optimizer=True)
     again = Run(run.profile.model_copy(update={"model_name": "again"}), directory)
     again.model_dir.mkdir()
-    upstream_engine.adopt(again, 4, tmp_path / "back")
+    upstream_engine.import_checkpoint(again, tmp_path / "back", 4)
     after = variables(again.model_dir)
     assert set(before) == set(after)
     assert all((before[name] == after[name]).all() for name in before)
-    assert any(np.abs(value).max() > 0 for name, value in after.items() if name.endswith("adam_v"))
-    shutil.rmtree(checkpoints.path(run.model_dir, 4))
+    assert any(np.abs(v).max() > 0 for name, v in after.items() if name.endswith("adam_v"))
+    shutil.rmtree(checkpoint_path(run.model_dir, 4))
 
-    assert train("native", 7).checkpoint() == (7, native_engine)
+    assert engines.find_checkpoint(train("native", 7)) == Checkpoint("native", 7, run.model_dir)
     run = train("upstream", 9)
-    assert run.checkpoint() == (9, upstream_engine)
-    assert run.recorded("train")["facts"] | {"seconds_training": 0, "final_loss": 0} == {
-        **{"engine": "upstream", "device": "cpu", "from_step": 7, "step": 9},
-        **{"seconds_training": 0, "final_loss": 0},
-    }
+    assert engines.find_checkpoint(run) == Checkpoint("upstream", 9, run.model_dir)
+    results = run.results(run.train_record)
+    assert (results["engine"], results["device"]) == ("upstream", "cpu")
+    assert (results["from_step"], results["step"]) == (7, 9)
     end = variables(run.model_dir)
     assert end["global_step"] == 9 and set(end) == set(before)
-    stages.execute(run, "check")
-    assert not [p.name for p in run.model_dir.iterdir() if "partial" in p.name or "exported" in p.name]
+    execute(run, until="check")
+    names = [path.name for path in run.model_dir.iterdir()]
+    assert not [name for name in names if "partial" in name or "exported" in name]
 
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("probability", [0.15, 0.25])
-def test_masks_are_those_of_upstream(upstream: Path, tmp_path: Path, probability: float) -> None:
-    """Given the same draws: candidates, number, positions, labels and what [MASK] replaces, for every length."""
+def test_masks_equal_upstreams(upstream: Path, tmp_path: Path, probability: float) -> None:
+    """With the same draws: candidates, positions, labels and masked ids, at every length."""
     tokens = make_vocabulary(tmp_path / "vocab.txt", "abc")
     random = np.random.default_rng(0)
     length = 256
     sizes = np.concatenate([np.arange(3, length + 1)] * 2)
-    ids = random.integers(0, len(tokens), (len(sizes), length)) * (np.arange(length) < sizes[:, None])
+    ids = random.integers(0, len(tokens), (len(sizes), length))
+    ids *= np.arange(length) < sizes[:, None]
     ids[:, 0] = tokens.index("[CLS]")
-    masking = Masking(probability, tokens.index("[MASK]"), (tokens.index("[SEP]"), tokens.index("[CLS]")))
-    draws, coins = random.random((2, len(sizes), masking.most(length)))
+    model = tiny(tmp_path, f"model.mask_prob={probability}").model.model_copy(
+        update={"max_seq_length": length}
+    )
+    masking = Masking.of(model, tokens)
+    draws, coins = random.random((2, len(sizes), model.max_predictions_per_seq))
     coins = coins.astype(np.float32)
     ids[:, 1] = tokens.index("a")  # a candidate in each
-    positions, weights = masking.choose(ids, sizes, draws)
+    positions, found_weights = masking.choose(ids, sizes, draws)
     np.savez(tmp_path / "in.npz", ids=ids, sizes=sizes, positions=positions, coins=coins)
-    child("upstream_masks.py", upstream, *(tmp_path / n for n in ("vocab.txt", "in.npz", "out.npz")), str(probability))
+    files = [tmp_path / name for name in ("vocab.txt", "in.npz", "out.npz")]
+    child("upstream_masks.py", upstream, *files, str(probability))
     theirs = np.load(tmp_path / "out.npz")
-    assert (theirs["weights"] == weights).all()
+    assert (theirs["weights"] == found_weights).all()
     assert (theirs["positions"] == positions).all()
     assert (theirs["masked"] == masking.apply(ids, positions, coins)).all()
-    assert (theirs["labels"] == np.take_along_axis(ids, positions, 1) * (weights > 0)).all()
-    # The positions come from where upstream's come from, each as likely as the other.
+    labels = np.take_along_axis(ids, positions, 1) * (found_weights > 0)
+    assert (theirs["labels"] == labels).all()
+    # The candidates are upstream's, and all are equally likely.
     for row in (0, 7, 100, len(sizes) - 1):
         candidates, many = np.isfinite(theirs["candidates"][row]), np.full(2000, row)
-        found, counted = masking.choose(ids[many], sizes[many], random.random((2000, masking.most(length))))
-        times = np.bincount(found[counted > 0], minlength=length)
+        draws = random.random((2000, model.max_predictions_per_seq))
+        chosen, counted = masking.choose(ids[many], sizes[many], draws)
+        times = np.bincount(chosen[counted > 0], minlength=length)
         assert ((times > 0) == candidates).all()
         expected, freedom = times.sum() / candidates.sum(), candidates.sum() - 1
         chi_square = ((times[candidates] - expected) ** 2 / expected).sum()
@@ -314,11 +381,12 @@ def parts() -> Any:
     return json.loads(child("native_parts.py", "1", "10", "4"))
 
 
-def test_learning_rates_are_those_of_the_pin(parts: Any) -> None:
-    assert parts["rates"] == pytest.approx([0, 0.9 / 4, 0.8 / 2, 0.7 * 3 / 4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
+def test_learning_rates_equal_upstreams(parts: Any) -> None:
+    expected = [0, 0.9 / 4, 0.8 / 2, 0.7 * 3 / 4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]
+    assert parts["rates"] == pytest.approx(expected)
 
 
-def test_initial_values_are_tensorflows(parts: Any) -> None:
+def test_initial_values_have_tensorflows_distributions(parts: Any) -> None:
     kinds = set()
     for name, (deviation, largest, shape) in parts["initial"].items():
         if name.endswith("LayerNorm.weight"):
@@ -327,255 +395,347 @@ def test_initial_values_are_tensorflows(parts: Any) -> None:
             assert largest == 0
         elif "embeddings_project" in name or "dense_prediction" in name:
             bound = np.sqrt(6 / sum(shape))
-            assert 0.9 * bound < largest <= bound and deviation == pytest.approx(bound / np.sqrt(3), rel=0.15)
-        else:  # a normal distribution cut at two deviations has 0.8796 of its deviation
+            assert 0.9 * bound < largest <= bound
+            assert deviation == pytest.approx(bound / np.sqrt(3), rel=0.15)
+        else:  # truncated at two deviations, a normal distribution has 0.8796 of its deviation
             assert 0.037 < largest <= 0.04 and deviation == pytest.approx(0.8796 * 0.02, rel=0.05)
             kinds.add(name.split(".")[-2])
-    assert {"word_embeddings", "position_embeddings", "token_type_embeddings", "query", "dense"} <= kinds
+    embeddings = {"word_embeddings", "position_embeddings", "token_type_embeddings"}
+    assert {*embeddings, "query", "dense"} <= kinds
 
 
-def test_the_fused_softmax_is_the_plain_one(parts: Any) -> None:
+def test_masked_lm_equals_cross_entropy(parts: Any) -> None:
     assert parts["loss"][0] == pytest.approx(parts["loss"][1], rel=1e-5)
     assert max(parts["gradients"]) < 1e-5
 
 
 def test_samples_have_the_generators_distribution(parts: Any) -> None:
-    """With evenly spread draws each word comes as often as its probability says, give or take one."""
+    """With evenly spaced draws, each token is drawn in proportion to its probability, give or take
+    one."""
     times, expected = np.array(parts["times"]), np.array(parts["expected"])
     assert np.abs(times - expected).max() <= 1.1 and not times[[0, 7, -1]].any()
-    assert parts["ends"][0] == parts["ends"][1] == 1 and parts["ends"][3] == 1298, "never one that has no chance"
+    assert parts["ends"][0] == parts["ends"][1] == 1, "never a token of probability 0"
+    assert parts["ends"][3] == 1298
 
 
-def command(run: Run) -> list[str]:
-    return [sys.executable, "-m", "electra_wrap.native.train", str(run.directory.path)]
+#: Scalars by step.
+Steps = dict[int, dict[str, float]]
 
 
 def start(run: Run, *argv: str) -> subprocess.Popen[str]:
-    environment = process.environment({"OMP_NUM_THREADS": "2"})
-    return subprocess.Popen(argv or command(run), env=environment, stdout=subprocess.PIPE, text=True)
+    """Start a trainer; by default, as `run` does."""
+    argv = argv or (sys.executable, "-m", "electra_wrap.native.train", str(run.directory))
+    environment = subprocesses.child_environment({"OMP_NUM_THREADS": "2"})
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def lines(text: str) -> dict[int, dict[str, float]]:
-    """What training printed that does not depend on the machine, by step."""
-    said = [json.loads(line) for line in text.splitlines() if line.startswith('{"step"')]
-    return {line.pop("step"): {k: v for k, v in line.items() if "/" in k and "memory" not in k} for line in said}
+def parse_steps(output: str) -> Steps:
+    """Return the scalars in a trainer's output, except those that depend on the machine."""
+    found = (events.parse(line) for line in output.splitlines())
+    return {
+        event.step: {name: v for name, v in event.scalars.items() if "memory" not in name}
+        for event in found
+        if isinstance(event, events.Step)
+    }
 
 
-def finish(run: Run, *argv: str) -> dict[int, dict[str, float]]:
-    """Train to the end; return the losses of each step."""
+def parse_evaluation(output: str) -> dict[str, float]:
+    """Return the metrics of the one evaluation in a child's output."""
+    found = (events.parse(line) for line in output.splitlines())
+    (evaluation,) = (event for event in found if isinstance(event, events.Evaluation))
+    return evaluation.scalars
+
+
+def finish(run: Run, *argv: str) -> Steps:
+    """Train to the end; return the scalars of each step."""
     trainer = start(run, *argv)
     try:
-        text, _ = trainer.communicate(timeout=300)
+        output, _ = trainer.communicate(timeout=300)
     finally:
         trainer.kill()  # processes that wait for each other would do so for ever
-    assert trainer.returncode == 0, text
-    return lines(text)
+    assert trainer.returncode == 0, output
+    return parse_steps(output)
 
 
+def change_settings(run: Run, **train: Any) -> None:
+    """Change keys of the section `train` in a run directory's profile."""
+    profile = run.profile.model_dump()
+    profile["train"] |= train
+    (run.directory / "profile.json").write_text(json.dumps(profile), encoding="utf-8")
+
+
+NO_DROPOUT = str(TESTS / "children" / "native_no_dropout.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TWELVE = ("train.save_every=4", "train.keep=0", "train.batch_size=8", "model.num_hidden_layers=1")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[int, dict[str, float]]]:
-    run = native(corpus_text, tmp_path_factory.mktemp("undisturbed") / "run", *TWELVE, steps=12)
+def uninterrupted(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Steps]:
+    run = native(corpus_text, tmp_path_factory.mktemp("uninterrupted") / "run", *TWELVE, steps=12)
     return run, finish(run)
 
 
 def copy(run: Run, directory: Path) -> Run:
-    """Another run with the same data, and no model."""
-    shutil.copytree(run.directory.path, directory, ignore=shutil.ignore_patterns("models"))
-    return Run(run.profile, RunDir(directory))
+    """Return another run with the same data, and no model."""
+    shutil.copytree(run.directory, directory, ignore=shutil.ignore_patterns("models"))
+    return Run(run.profile, directory)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path, number: signal.Signals
+def test_resumed_training_equals_uninterrupted_training(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Bit for bit, dropout included: SIGKILL after the last checkpoint, SIGTERM with one of its own."""
-    run = copy(undisturbed[0], tmp_path / "run")
+    """Bit for bit, with dropout: SIGKILL loses the steps since a checkpoint, SIGTERM saves one."""
+    run = copy(uninterrupted[0], tmp_path / "run")
     trainer = start(run)
     assert trainer.stdout
-    seen = ""
-    while '"step": 6,' not in seen:
-        seen += trainer.stdout.readline()
+    output = ""
+    while '"step": 6,' not in output:
+        output += trainer.stdout.readline()
     trainer.send_signal(number)
-    seen += trainer.communicate()[0]
-    assert trainer.returncode == (process.INTERRUPTED if number == signal.SIGTERM else -number)
-    saved = checkpoints.steps(run.model_dir)[-1]
-    assert saved == (max(lines(seen)) if number == signal.SIGTERM else 4)
+    output += trainer.communicate()[0]
+    stopped = number == signal.SIGTERM
+    assert trainer.returncode == (subprocesses.INTERRUPTED if stopped else -number)
+    saved = checkpoint_steps(run.model_dir)[-1]
+    assert saved == (max(parse_steps(output)) if stopped else 4)
     rest = finish(run)
     assert min(rest) == saved + 1
-    assert {**lines(seen), **rest} == undisturbed[1] and len(undisturbed[1]) == 12
-    ends = [checkpoints.path(one.model_dir, 12) / "model.safetensors" for one in (run, undisturbed[0])]
-    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert parse_steps(output) | rest == uninterrupted[1] and len(uninterrupted[1]) == 12
+    ours, theirs = (
+        checkpoint_path(each.model_dir, 12) / "model.safetensors"
+        for each in (run, uninterrupted[0])
+    )
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
-def evaluated(text: str) -> dict[str, float]:
-    """The metrics that an evaluation printed."""
-    (line,) = (json.loads(line) for line in text.splitlines() if line.startswith('{"evaluated"'))
-    return {key: value for key, value in line.items() if "/" in key}
-
-
-def test_evaluations_on_the_way_do_not_disturb_training(
-    undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
+def test_evaluation_does_not_change_training(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
 ) -> None:
-    """Bit for bit, dropout included; and two processes evaluate as one does."""
-    found = []
-    for processes, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
-        run = copy(undisturbed[0], tmp_path / str(processes))
-        profile = run.directory / "profile.json"
-        keys = run.profile.model_dump()
-        keys["train"] |= {"evaluate_every": 7, "keep": 1}
-        profile.write_text(json.dumps(keys), encoding="utf-8")
-        if processes == 1:
-            text = start(run).communicate(timeout=300)[0]
-            assert lines(text) == undisturbed[1]
-            assert checkpoints.steps(run.model_dir) == [7, 12], "what was evaluated last outlives the others"
-        else:
-            theirs = tmp_path / "1" / "models" / run.profile.model_name
-            shutil.copytree(checkpoints.path(theirs, 7), checkpoints.path(run.model_dir, 7))
-            argv = ["-m", "electra_wrap.native.train", str(run.directory.path), "7", str(profile)]
-            text = start(run, *launcher, *argv).communicate(timeout=300)[0]
-        found.append(evaluated(text))
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    """Bit for bit, with dropout. And two processes evaluate as one does."""
+    run = copy(uninterrupted[0], tmp_path / "run")
+    change_settings(run, evaluate_every=7, keep=1)
+    output = start(run).communicate(timeout=300)[0]
+    assert parse_steps(output) == uninterrupted[1]
+    assert checkpoint_steps(run.model_dir) == [7, 12], "the latest evaluated checkpoint is kept"
+    checkpoint = str(checkpoint_path(run.model_dir, 7))
+    argv = ["-m", "electra_wrap.native.evaluate", str(run.directory), checkpoint]
+    two_processes = start(run, *TORCHRUN, *argv).communicate(timeout=300)[0]
+    evaluation = parse_evaluation(output)
+    assert parse_evaluation(two_processes) == pytest.approx(evaluation, rel=1e-5)
+
+
+def test_training_goes_on_without_held_out_examples(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    run = copy(uninterrupted[0], tmp_path / "run")
+    change_settings(run, evaluate_every=1, steps=2)
+    shutil.rmtree(run.directory / "heldout_examples")
+    examples.write(run.directory / "heldout_examples", [], run.vocab_size)
+    assert len(Store(run.directory / "heldout_examples")) == 0
+    assert set(finish(run)) == {1, 2}
 
 
 @pytest.mark.upstream
-def test_evaluation_is_upstreams(upstream: Path, undisturbed: tuple[Run, Any], tmp_path: Path) -> None:
-    """The same checkpoint, held-out examples, masks and samples in upstream's graph, by its do_eval."""
-    run = undisturbed[0]
-    ours = evaluated(child("native_evaluation.py", run.directory.path, "12", tmp_path / "batches.npz"))
-    exported = tmp_path / "exported"
-    native_engine.export(run, run.model_dir, 12, exported)
-    networks = {name: str(exported / name) for name in NETWORKS}
+def test_evaluation_equals_upstreams(
+    upstream: Path, uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    """Of the same checkpoint, held-out examples, masks and samples, by upstream's do_eval."""
+    run = uninterrupted[0]
+    batches = tmp_path / "batches.npz"
+    checkpoint = checkpoint_path(run.model_dir, 12)
+    output = child("native_evaluation.py", run.directory, checkpoint, batches)
+    ours = parse_evaluation(output)
+    engine.export(run, Checkpoint("native", 12, run.model_dir), tmp_path / "exported")
     (tmp_path / "models").mkdir()
-    test_weights.call(task="convert_back", step=12, out=str(tmp_path / "models" / "theirs"), **networks)
+    theirs = tmp_path / "models" / "theirs"
+    test_weights.to_tensorflow(tmp_path / "exported", theirs, step=12)
     shutil.copy(run.vocabulary, tmp_path)
-    (tmp_path / "hparams.json").write_text(json.dumps(run.hparams()), encoding="utf-8")
-    arguments = (tmp_path / "hparams.json", tmp_path / "batches.npz", tmp_path / "models" / "theirs" / "model.ckpt-12")
-    told = child("upstream_evaluation.py", upstream, tmp_path, "theirs", *arguments)
-    theirs = json.loads(told.splitlines()[-1])
-    assert {ours: theirs[name] for name, ours in metrics.UPSTREAM.items()} == {
+    settings = tmp_path / "hparams.json"
+    settings.write_text(json.dumps(hparams(run.profile, run.vocab_size)), encoding="utf-8")
+    arguments = (settings, batches, theirs / "model.ckpt-12")
+    output = child("upstream_evaluation.py", upstream, tmp_path, "theirs", *arguments)
+    values = json.loads(output.splitlines()[-1])
+    assert {name: values[their_name] for their_name, name in metrics.UPSTREAM.items()} == {
         name: pytest.approx(ours[name], rel=1e-5, abs=1e-6) for name in metrics.UPSTREAM.values()
     }
-    assert 0.3 < ours["discriminator/auc"] < 1 and len(np.load(tmp_path / "batches.npz")["ids"]) > 1
+    assert 0.3 < ours["discriminator/auc"] < 1 and len(np.load(batches)["ids"]) > 1
 
 
 @pytest.mark.slow
-def test_processes_and_micro_batches_divide_a_batch_and_change_nothing(
-    undisturbed: tuple[Run, dict[int, dict[str, float]]], tmp_path: Path
+def test_processes_and_micro_batches_do_not_change_the_loss(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
 ) -> None:
-    """Also half way: from one process and one micro-batch to two of each."""
-    script = str(TESTS / "children" / "native_no_dropout.py")
-    one = [sys.executable]
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for name, micro_batches, launcher in (("one", 1, one), ("micro", 2, one), ("two", 2, TORCHRUN)):
-        run = copy(undisturbed[0], tmp_path / name)
-        if name == "two":  # goes on where "one" was after an odd number of steps
-            shutil.copytree(
-                checkpoints.path(tmp_path / "one" / "models" / run.profile.model_name, 3), run.model_dir / "step-3"
-            )
-        keys = run.profile.model_dump()
-        keys["train"] |= {"micro_batches": micro_batches, "save_every": 3}
-        (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
-        found[name] = finish(run, *launcher, script, str(run.directory.path))
+    """Also in the middle: from one process and one micro-batch to two of each."""
+    one_process = [sys.executable]
+    found: dict[str, Steps] = {}
+    for name, micro_batches, launcher in (
+        ("one", 1, one_process),
+        ("micro", 2, one_process),
+        ("two", 2, TORCHRUN),
+    ):
+        run = copy(uninterrupted[0], tmp_path / name)
+        if name == "two":  # continues after an odd number of steps
+            checkpoint = tmp_path / "one" / "models" / run.profile.model_name / "step-3"
+            shutil.copytree(checkpoint, run.model_dir / "step-3")
+        change_settings(run, micro_batches=micro_batches, save_every=3)
+        found[name] = finish(run, *launcher, NO_DROPOUT, str(run.directory))
     assert len(found["micro"]) == 12 and len(found["two"]) == 9
     for name in ("micro", "two"):
-        for step, losses in found[name].items():
-            assert losses == pytest.approx(found["one"][step], rel=1e-5), (name, step)
-    assert found["one"] != undisturbed[1], "dropout was on there"
+        for step, scalars in found[name].items():
+            assert scalars == pytest.approx(found["one"][step], rel=1e-5), (name, step)
+    assert found["one"] != uninterrupted[1], "dropout was on there"
 
 
-def test_a_loss_that_is_not_finite_is_said_in_one_line(corpus_text: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_reported(corpus_text: Path, tmp_path: Path) -> None:
     run = native(corpus_text, tmp_path / "run", "train.learning_rate=1e30", *TWELVE[1:])
-    with pytest.raises(StageFailed, match=r"^at step \d the loss is .*finite; .*the whole log is"):
-        stages.execute(run, "train")
-    assert checkpoints.steps(run.model_dir) == []
+    expected = r"diverged at step \d: the loss is .*finite.*; the whole log is"
+    with pytest.raises(StageFailed, match=expected):
+        execute(run, until="train")
+    assert checkpoint_steps(run.model_dir) == []
 
 
-def test_a_batch_that_cannot_be_divided_is_said_in_one_line(undisturbed: tuple[Run, Any], tmp_path: Path) -> None:
-    run = copy(undisturbed[0], tmp_path / "run")
+def test_a_batch_that_cannot_be_divided_is_refused(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    run = copy(uninterrupted[0], tmp_path / "run")
     run.launch = " ".join([*TORCHRUN[:-1], "--nproc-per-node=3"])
     with pytest.raises(UsageError, match=r"^train.batch_size = 8 is not divisible by 3 processes"):
-        native_engine.train(run, [], print)
-    run.launch = 'torchrun "'
-    with pytest.raises(UsageError, match="--launch"):
-        native_engine.train(run, [], print)
+        engine.train(run, [], print)
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        ('torchrun "', "No closing quotation; quote it"),
+        ("tortchrun --nnodes 2", "there is no such command; give another"),
+        (" ", "there is no such command; give another"),
+    ],
+)
+def test_launch_is_checked_before_any_work(
+    corpus_text: Path, tmp_path: Path, launch: str, message: str
+) -> None:
+    run = Run(tiny(corpus_text, 'engine="native"'), tmp_path / "run", launch=launch)
+    with pytest.raises(UsageError, match=f"^--launch .*{message}"):
+        execute(run)
+    assert not run.corpus.exists()
+
+
+def test_launch_finds_a_program_beside_python(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a virtual environment that is not activated."""
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    launcher = environment / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$0 $*"\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(environment / "python"))
+    run = copy(uninterrupted[0], tmp_path / "run")
+    change_settings(run, steps=2)
+    run.launch = "launcher -u"
+    engine.prepare(run)
+    engine.train(run, [], print)
+    assert f"{launcher} -u -m electra_wrap.native.train" in run.log_file("train").read_text()
+    assert checkpoint_steps(run.model_dir) == [2]
+
+
+def test_model_files_are_readable_as_the_umask_allows(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    """Some libraries write files that only their owner can read."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    run = copy(uninterrupted[0], tmp_path / "run")
+    change_settings(run, steps=2)
+    run = Run.open(run.directory)
+    execute(run, until="convert")
+    checkpoint = checkpoint_path(run.model_dir, 2)
+    written = [*checkpoint.rglob("*"), *run.exported.rglob("*")]
+    assert sum(file.name == "model.safetensors" for file in written) == 3
+    for file in written:
+        if file.is_file():
+            assert oct(file.stat().st_mode & 0o777) == oct(0o666 & ~mask), file
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_model_is_the_same_model(undisturbed: tuple[Run, dict[int, Any]], tmp_path: Path) -> None:
-    """In one graph, without a break, and in two processes: that is what CUDA graphs need, which no CPU can test."""
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_the_same_loss(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    """In one graph, as CUDA graphs need it, and in two processes."""
     found = []
     for compiled, launcher in ((False, [sys.executable]), (True, TORCHRUN)):
-        run = copy(undisturbed[0], tmp_path / str(compiled))
-        keys = run.profile.model_dump()
-        keys["train"] |= {"compile": compiled, "steps": 3}
-        (run.directory / "profile.json").write_text(json.dumps(keys), encoding="utf-8")
-        script = str(TESTS / "children" / "native_no_dropout.py")
-        found.append(finish(run, *launcher, script, str(run.directory.path)))
-    for step, losses in found[0].items():
-        assert found[1][step] == pytest.approx(losses, rel=1e-5)
+        run = copy(uninterrupted[0], tmp_path / str(compiled))
+        change_settings(run, compile=compiled, steps=3)
+        found.append(finish(run, *launcher, NO_DROPOUT, str(run.directory)))
+    for step, scalars in found[0].items():
+        assert found[1][step] == pytest.approx(scalars, rel=1e-5)
 
 
-def test_a_store_gives_back_what_was_written(undisturbed: tuple[Run, Any]) -> None:
-    run = undisturbed[0]
-    shards = sorted((run.directory / "corpus").iterdir())
-    rules = {"lowercase": False, "strip_accents": False}
-    keys: dict[str, Any] = {"rules": rules, "length": 32, "documents": True, "seed": 0}
+def test_a_store_returns_what_was_written(uninterrupted: tuple[Run, Steps]) -> None:
+    run = uninterrupted[0]
     tokens = vocab.read(run.vocabulary)
-    built = [e for number, shard in enumerate(shards) for e in examples.build(shard, number, tokens, **keys)]
-    store = examples.Store(run.directory / "examples")
-    ids, firsts = store.read(np.arange(len(store)), 32)
-    padded = [[*example.ids, *[0] * (32 - len(example.ids))] for example in built]
-    assert ids.tolist() == padded and firsts.tolist() == [example.first for example in built]
+    built = [
+        example
+        for number, shard in enumerate(sorted(run.corpus.iterdir()))
+        for example in examples.build(
+            shard,
+            number,
+            tokens,
+            normalization={"lowercase": False, "strip_accents": False},
+            max_length=32,
+            blank_lines_separate_documents=True,
+            seed=0,
+        )
+    ]
+    store = Store(run.directory / "examples")
+    ids, lengths = store.read(np.arange(len(store)), 32)
+    assert ids.tolist() == [[*e.ids, *[0] * (32 - len(e.ids))] for e in built]
+    assert lengths.tolist() == [example.first_length for example in built]
     assert store.sizes(np.arange(len(store))).tolist() == [len(example.ids) for example in built]
 
 
-def test_every_example_comes_once_an_epoch_whatever_the_division(undisturbed: tuple[Run, Any]) -> None:
-    store = examples.Store(undisturbed[0].directory / "examples")
-    masking = Masking(0.15, 4, (2, 3))
-    keys: dict[str, Any] = {"length": 32, "batch_size": 12, "seed": 5}
-    whole = Batches(store, masking, **keys)
-    epochs = 3
-    order = np.concatenate([whole.examples(step) for step in range(-(-epochs * len(store) // 12))])
+MASKING = Masking(mask_prob=0.15, max_predictions=4, mask_id=4, special_ids=(2, 3))
+
+
+def test_every_example_comes_once_an_epoch(uninterrupted: tuple[Run, Steps]) -> None:
+    """However a batch is divided."""
+    store = Store(uninterrupted[0].directory / "examples")
+    options: dict[str, Any] = {"length": 32, "batch_size": 12, "seed": 5}
+    undivided = Batches(store, MASKING, **options)
+    epochs, size = 3, len(store)
+    order = np.concatenate([undivided.examples(step) for step in range(-(-epochs * size // 12))])
     for epoch in range(epochs):
-        part = order[epoch * len(store) : (epoch + 1) * len(store)]
-        assert (np.sort(part) == np.arange(len(store))).all() and (part != np.arange(len(store))).any()
-    assert (order[: len(store)] != order[len(store) : 2 * len(store)]).any()
-    divided = [Batches(store, masking, **keys, micro_batches=3, processes=2, process=p) for p in (0, 1)]
+        part = order[epoch * size : (epoch + 1) * size]
+        assert (np.sort(part) == np.arange(size)).all() and (part != np.arange(size)).any()
+    assert (order[:size] != order[size : 2 * size]).any()
+    divided = [
+        Batches(store, MASKING, **options, micro_batches=3, processes=2, process=process)
+        for process in (0, 1)
+    ]
     for step in (0, 40, 41):  # 41 spans two epochs or more
-        pieces = [one[3 * step + micro] for micro in range(3) for one in divided]
-        for name, value in whole[step].items():
-            together = np.concatenate([piece[name] for piece in pieces]) if value.ndim else pieces[0][name]
-            assert (together == value).all(), name
+        pieces = [batches[3 * step + micro] for micro in range(3) for batches in divided]
+        for name, value in undivided[step].items():
+            joined = (
+                np.concatenate([piece[name] for piece in pieces]) if value.ndim else pieces[0][name]
+            )
+            assert (joined == value).all(), name
 
 
-@pytest.mark.slow
-def test_records_with_nothing_to_predict_are_refused(corpus_text: Path, tmp_path: Path) -> None:
-    run = native(corpus_text, tmp_path / "run")
-    tokens = {token: number for number, token in enumerate(vocab.read(run.vocabulary))}
-    for ids, says in (([7], None), ([], "without a token to predict")):
-        (tmp_path / "records").mkdir(exist_ok=True)
-        writer = upstream_records.RecordWriter(str(tmp_path / "records" / "pretrain_data.tfrecord-0-of-1"))
-        writer.write(upstream_records.Example(tokens, ids, ids, 32).SerializeToString(deterministic=True))
-        writer.close()
-        if says is None:
-            assert native_engine.take(run, tmp_path / "records", None) == 1
-        else:
-            with pytest.raises(UsageError, match=says):
-                native_engine.take(run, tmp_path / "records", None)
-
-
-def test_a_batch_with_nothing_to_mask_is_said(tmp_path: Path) -> None:
-    """[CLS] and [SEP] are never masked; a store of nothing else trains nothing."""
-    examples.write(tmp_path / "store", [examples.Example([2, 3], 2)] * 4 + [examples.Example([2, 9, 3], 3)] * 4, 20)
-    batches = Batches(Store(tmp_path / "store"), Masking(0.15, 4, (2, 3)), length=8, batch_size=8, seed=0)
+def test_a_batch_with_nothing_to_mask_is_reported(tmp_path: Path) -> None:
+    """[CLS] and [SEP] are never masked."""
+    empty, good = examples.Example([2, 3], 2), examples.Example([2, 9, 3], 3)
+    examples.write(tmp_path / "good", [empty] * 4 + [good] * 4, 20)
+    batches = Batches(Store(tmp_path / "good"), MASKING, length=8, batch_size=8, seed=0)
     assert batches[0]["positions"].any()
-    (tmp_path / "empty").mkdir()
-    examples.write(tmp_path / "empty" / "store", [examples.Example([2, 3], 2)] * 8, 20)
-    batches = Batches(Store(tmp_path / "empty" / "store"), Masking(0.15, 4, (2, 3)), length=8, batch_size=4, seed=0)
+    examples.write(tmp_path / "empty", [empty] * 8, 20)
+    batches = Batches(Store(tmp_path / "empty"), MASKING, length=8, batch_size=4, seed=0)
     with pytest.raises(StageFailed, match="no example of step 1 has a token that could be masked"):
         batches[0]
+
+
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(engine.versions("train")) == {"torch", "transformers", "accelerate"}
+    monkeypatch.setitem(engine._PACKAGES, "train", ("no-such-package",))
+    with pytest.raises(EnvironmentProblem, match="no-such-package is not installed; install"):
+        engine.versions("train")

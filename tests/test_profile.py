@@ -1,4 +1,4 @@
-"""Profiles: one place for everything, strict, with errors that name file, key, value and mend."""
+"""Profiles: strict, with errors that name the file, the key and the value."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from electra_wrap import paths, profile
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import Profile
+from electra_wrap.upstream.hparams import hparams
 
 BASE = """
 description = "d"
@@ -50,7 +51,7 @@ def test_shipped_profiles_load_and_describe_themselves(name: str) -> None:
     json.dumps(loaded.model_dump())
 
 
-def test_the_profiles_that_ship() -> None:
+def test_shipped_profiles() -> None:
     assert [name for name, _ in profile.shipped()] == [
         "spanish-base",
         "spanish-demo",
@@ -60,43 +61,50 @@ def test_the_profiles_that_ship() -> None:
     ]
 
 
-def test_spanish_demo_is_the_tutorials_run() -> None:
+def test_spanish_demo_has_the_tutorials_values() -> None:
     demo = Profile.load("spanish-demo")
-    hparams = demo.hparams(119_547)
+    values = hparams(demo, 119_547)
     assert demo.corpus.max_lines == 1_000_000
-    assert (hparams["vocab_size"], hparams["max_seq_length"], hparams["model_size"]) == (119_547, 128, "small")
-    assert (hparams["train_batch_size"], hparams["num_train_steps"], hparams["do_lower_case"]) == (32, 100, False)
+    assert (values["vocab_size"], values["max_seq_length"]) == (119_547, 128)
+    assert (values["model_size"], values["do_lower_case"]) == ("small", False)
+    assert (values["train_batch_size"], values["num_train_steps"]) == (32, 100)
 
 
 def test_hparams_have_json_types(base: str) -> None:
     """A non-empty string is true in upstream's config: "false" would evaluate."""
-    hparams = json.loads(json.dumps(Profile.load(base).hparams(30_522)))
-    assert (hparams["do_train"], hparams["do_eval"], hparams["use_tpu"]) == (True, False, False)
-    assert [k for k, v in hparams.items() if isinstance(v, str)] == ["model_size"]
+    values = json.loads(json.dumps(hparams(Profile.load(base), 30_522)))
+    assert (values["do_train"], values["do_eval"], values["use_tpu"]) == (True, False, False)
+    assert [key for key, value in values.items() if isinstance(value, str)] == ["model_size"]
 
 
 @pytest.mark.upstream
-def test_hparams_are_upstreams_keys(upstream: Path) -> None:
+def test_hparams_are_keys_of_upstream(upstream: Path) -> None:
     source = (upstream / "configure_pretraining.py").read_text(encoding="utf-8")
     for name, _ in profile.shipped():
-        for key in Profile.load(name).hparams(100):
+        for key in hparams(Profile.load(name), 100):
             assert f"self.{key} = " in source, key
 
 
 @pytest.mark.parametrize(
     ("size", "generator", "expected"),
     [
-        # (embedding, hidden, layers, heads, intermediate) of discriminator and generator: Table 6 of the paper
+        # (embedding, hidden, layers, heads, intermediate) of both networks: Table 6 of the paper
         ("small", 0.25, [(128, 256, 12, 4, 1024), (128, 64, 12, 1, 256)]),
         ("base", 0.33333, [(768, 768, 12, 12, 3072), (768, 256, 12, 4, 1024)]),
         ("large", 0.25, [(1024, 1024, 24, 16, 4096), (1024, 256, 24, 4, 1024)]),
     ],
 )
-def test_each_network_has_its_own_sizes(
+def test_sizes_of_both_networks(
     base: str, size: str, generator: float, expected: list[tuple[int, ...]]
 ) -> None:
     loaded = Profile.load(base, [f"model.size={size}", f"model.generator_hidden_size={generator}"])
-    keys = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    keys = (
+        "embedding_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
     for network, sizes in zip(profile.NETWORKS, expected, strict=True):
         config = loaded.hf_config(network, 1000)
         assert tuple(config[key] for key in keys) == sizes
@@ -111,8 +119,8 @@ def test_each_network_has_its_own_sizes(
         ("train.steps=soon", ["--set", "train.steps", "'soon'", "integer"]),
         ("train.steps=true", ["train.steps", "True"]),
         ("train.steps=0", ["train.steps", "greater than 0"]),
-        ("train.warmup_steps=100", ["train.warmup_steps = 100", "never arrive in 100 steps"]),
-        ("model.hidden_size=200", ["model.hidden_size = 200", "3 attention heads"]),
+        ("train.warmup_steps=100", ["train.warmup_steps = 100", "does not end in 100 steps"]),
+        ("model.hidden_size=200", ["model.hidden_size = 200", "does not fit 3 attention heads"]),
         (
             "model.generator_hidden_size=0.7",
             ["model.generator_hidden_size = 0.7", "hidden size 179", "2 attention heads"],
@@ -121,15 +129,19 @@ def test_each_network_has_its_own_sizes(
         ("model.max_seq_length=513", ["model.max_seq_length = 513", "512"]),
         ("model.size=tiny", ["model.size = 'tiny'", "'small', 'base' or 'large'"]),
         ("tokenizer.strip_accents=true", ["tokenizer.strip_accents", "lowercase"]),
-        ("tokenizer.vocab_size=100", ["tokenizer.vocab_size = 100", "is for a vocabulary that is trained"]),
+        ("tokenizer.vocab_size=100", ["tokenizer.vocab_size = 100", "needs a trained vocabulary"]),
         ("tokenizer.source=train", ["tokenizer.vocab_size", "32000"]),
-        ("tokenizer.sample_bytes=9", ["tokenizer.sample_bytes = 9", "is for a vocabulary that is trained"]),
+        ("tokenizer.sample_bytes=9", ["tokenizer.sample_bytes = 9", "needs a trained vocabulary"]),
         (
             "corpus={deduplicate='documents', blank_lines_separate_documents=false}",
             ["corpus.deduplicate = 'documents'", "there are no documents"],
         ),
-        ("corpus.similarity=0.9", ["corpus.similarity = 0.9", "set corpus.deduplicate"]),
-        (f"corpus={{source=['a','b'],sha256='{'0' * 64}'}}", ["corpus.sha256", "is that of one file"]),
+        ("corpus.similarity=0.9", ["unknown key corpus.similarity"]),
+        ("corpus.shards=1001", ["corpus.shards = 1001", "less than or equal to 1000"]),
+        (
+            f"corpus={{source=['a','b'],sha256='{'0' * 64}'}}",
+            ["corpus.sha256", "is the digest of one file"],
+        ),
         ("corpus.bad_lines=ignore", ["corpus.bad_lines = 'ignore'", "'repair', 'skip' or 'stop'"]),
         ("tokenizer.sha256=abc", ["tokenizer.sha256", "'abc'"]),
         ("model_name=../../etc", ["model_name", "'../../etc'"]),
@@ -144,14 +156,14 @@ def test_each_network_has_its_own_sizes(
         ('model_name="a', ["neither TOML nor a bare word"]),
     ],
 )
-def test_what_is_wrong_is_named(base: str, override: str, parts: list[str]) -> None:
+def test_error_names_key_value_and_fix(base: str, override: str, parts: list[str]) -> None:
     message = error(base, override)
     for part in parts:
         assert part in message
-    assert ";" in message, "no mend"
+    assert ";" in message, "it does not say what to do"
 
 
-def test_an_error_names_the_file_that_set_the_key(tmp_path: Path, base: str) -> None:
+def test_error_names_the_file_that_set_the_key(tmp_path: Path, base: str) -> None:
     child = tmp_path / "child.toml"
     child.write_text('extends = "base"\n[train]\nsteps = 5\n', encoding="utf-8")
     assert error(str(child)).startswith(f"{base}: train.warmup_steps = 10")
@@ -159,48 +171,85 @@ def test_an_error_names_the_file_that_set_the_key(tmp_path: Path, base: str) -> 
     assert error(str(child)).startswith(f"{child}: train.warmup_steps = 500")
 
 
-def test_extends_inherits_and_ends(tmp_path: Path, base: str) -> None:
+def test_extends_inherits_and_refuses_cycles(tmp_path: Path, base: str) -> None:
     child = tmp_path / "child.toml"
-    child.write_text('extends = "base"\nmodel_name = "other"\n[train]\nsteps = 50\n', encoding="utf-8")
+    child.write_text(
+        'extends = "base"\nmodel_name = "other"\n[train]\nsteps = 50\n', encoding="utf-8"
+    )
     loaded = Profile.load(str(child), ["train.seed=3"])
-    assert (loaded.model_name, loaded.train.steps, loaded.train.warmup_steps, loaded.train.seed) == ("other", 50, 10, 3)
+    assert (
+        loaded.model_name,
+        loaded.train.steps,
+        loaded.train.warmup_steps,
+        loaded.train.seed,
+    ) == ("other", 50, 10, 3)
     child.write_text('extends = "child"\n', encoding="utf-8")
     assert "back to itself" in error(str(child))
 
 
-def test_a_new_vocabulary_has_nothing_of_the_former_one(tmp_path: Path) -> None:
-    """Neither the digest of another vocabulary nor its size."""
+def test_extends_with_suffix_is_relative_to_its_file(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "base.toml"\nmodel_name = "other"\n', encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = Profile.load("../child.toml")
+    assert (loaded.model_name, loaded.train.steps) == ("other", 100)
+
+
+def test_new_source_drops_digest_and_size_of_the_former(tmp_path: Path) -> None:
     given = ["tokenizer.vocab_size=900", "tokenizer.source=train", "tokenizer.lowercase=true"]
     tokenizer = Profile.load("spanish-demo", given).tokenizer
-    assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size, tokenizer.lowercase) == ("train", None, 900, True)
-    tokenizer = Profile.load("spanish-tiny", ["tokenizer.source=/v.txt", "tokenizer.sha256=" + "a" * 64]).tokenizer
+    assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size, tokenizer.lowercase) == (
+        "train",
+        None,
+        900,
+        True,
+    )
+    tokenizer = Profile.load(
+        "spanish-tiny", ["tokenizer.source=/v.txt", "tokenizer.sha256=" + "a" * 64]
+    ).tokenizer
     assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size) == ("/v.txt", "a" * 64, None)
 
 
-def test_the_last_of_equal_overrides_counts() -> None:
-    given = ["tokenizer={source='hf://a'}", "tokenizer.sha256=" + "a" * 64, "tokenizer.source=hf://b"]
+def test_last_override_wins() -> None:
+    given = [
+        "tokenizer={source='hf://a'}",
+        "tokenizer.sha256=" + "a" * 64,
+        "tokenizer.source=hf://b",
+    ]
     tokenizer = Profile.load("spanish-tiny", given).tokenizer
     assert (tokenizer.source, tokenizer.sha256) == ("hf://b", "a" * 64)
     assert (
-        Profile.load("spanish-tiny", ["train=5", "train={steps=90,warmup_steps=1}", "train.steps=80"]).train.steps == 80
+        Profile.load(
+            "spanish-tiny", ["train=5", "train={steps=90,warmup_steps=1}", "train.steps=80"]
+        ).train.steps
+        == 80
     )
 
 
-def test_relative_paths_belong_to_who_wrote_them(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_start_from_the_file_that_sets_them(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert Profile.load(base).corpus.source == str(tmp_path / "text.txt")
-    loaded = Profile.load(base, ['corpus.source=["a.txt", "hf://x", "/b.txt"]', "tokenizer.source=v.txt"])
+    loaded = Profile.load(
+        base, ['corpus.source=["a.txt", "hf://x", "/b.txt"]', "tokenizer.source=v.txt"]
+    )
     assert loaded.corpus.source == [str(elsewhere / "a.txt"), "hf://x", "/b.txt"]
     assert loaded.tokenizer.source == str(elsewhere / "v.txt")
 
 
-def test_an_unknown_profile_is_suggested_and_a_broken_one_located(tmp_path: Path) -> None:
+def test_unknown_and_broken_profiles(tmp_path: Path) -> None:
     assert "did you mean spanish-tiny?" in error("spanish-tyni")
     assert "no profile file" in error("./nowhere.toml")
     assert "no profile file" in error("~nobody-of-that-name/nowhere.toml")
-    assert Profile.load("spanish-tiny", ["corpus.source=~nobody-of-that-name"]).corpus.source[0] == "/"
+    assert (
+        Profile.load("spanish-tiny", ["corpus.source=~nobody-of-that-name"]).corpus.source[0] == "/"
+    )
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = = 3", encoding="utf-8")
     assert "not valid TOML" in error(str(broken))
@@ -211,65 +260,81 @@ def test_an_unknown_profile_is_suggested_and_a_broken_one_located(tmp_path: Path
 
 
 @given(st.text(max_size=40))
-def test_any_override_is_taken_or_refused_in_one_line(text: str) -> None:
+def test_any_override_is_valid_or_one_line(text: str) -> None:
     try:
         Profile.load("spanish-tiny", [text])
     except UsageError as raised:
         assert "\n" not in str(raised)
 
 
+SOME_KEYS = [
+    "train.steps",
+    "corpus.source",
+    "model",
+    "tokenizer.source",
+    "train.seed",
+    "x",
+    "corpus.a.b",
+]
+
+
 @given(
-    st.sampled_from(["train.steps", "corpus.source", "model", "tokenizer.source", "train.seed", "x", "corpus.a.b"]),
+    st.sampled_from(SOME_KEYS),
     st.recursive(st.integers() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5),
 )
-def test_any_value_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
+def test_any_value_is_valid_or_one_line(key: str, value: object) -> None:
     try:
         Profile.load("spanish-tiny", [f"{key}={json.dumps(value)}"])
     except UsageError as raised:
         assert "\n" not in str(raised)
 
 
-KEYS = st.sampled_from(
-    [
-        *("extends", "description", "language", "model_name", "engine", "corpus", "tokenizer", "model", "train"),
-        *("source", "corpus.source", "tokenizer.source", "size", "steps", "train.steps", "sha256", "vocab_size"),
-    ]
-) | st.from_regex(r"[a-z_]{1,6}", fullmatch=True)
-VALUES = st.recursive(st.integers() | st.booleans() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=4)
+NAMES = "extends description language model_name engine corpus tokenizer model train source size"
+NAMES += " corpus.source tokenizer.source steps train.steps sha256 vocab_size"
+KEYS = st.sampled_from(NAMES.split()) | st.from_regex(r"[a-z_]{1,6}", fullmatch=True)
+VALUES = st.recursive(
+    st.integers() | st.booleans() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=4
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(KEYS, VALUES)), st.lists(st.tuples(KEYS, st.lists(st.tuples(KEYS, VALUES)))))
-def test_any_file_is_a_profile_or_refused_in_one_line(
-    tmp_path: Path, top: list[tuple[str, object]], sections: list[tuple[str, list[tuple[str, object]]]]
+@given(
+    st.lists(st.tuples(KEYS, VALUES)), st.lists(st.tuples(KEYS, st.lists(st.tuples(KEYS, VALUES))))
+)
+def test_any_file_is_valid_or_one_line(
+    tmp_path: Path,
+    top: list[tuple[str, object]],
+    sections: list[tuple[str, list[tuple[str, object]]]],
 ) -> None:
     lines = [f"{key} = {json.dumps(value, ensure_ascii=True)}" for key, value in top]
     for section, keys in sections:
         lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys)]
     path = tmp_path / "strange.toml"
     path.write_text("\n".join(lines), encoding="utf-8")
-    taken_or_refused(path)
+    load_or_refuse(path)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_damage_to_a_profile_is_taken_or_refused_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_damage_is_valid_or_one_line(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray((paths.CONFIGS / "spanish-tiny.toml").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content)))
         content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=5))
     path = tmp_path / "damaged.toml"
     path.write_bytes(content)
-    taken_or_refused(path)
+    load_or_refuse(path)
 
 
-def taken_or_refused(path: Path) -> None:
+def load_or_refuse(path: Path) -> None:
     try:
         loaded = Profile.load(str(path))
     except UsageError as raised:
         assert "\n" not in str(raised)
     else:
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.model_name), "a name, and no path out of the run"
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.model_name), (
+            "model_name must not be a path"
+        )
 
 
 @pytest.mark.parametrize(
@@ -286,10 +351,12 @@ def taken_or_refused(path: Path) -> None:
         ("s3://bucket/es.txt", False),
     ],
 )
-def test_a_secret_in_a_url_is_refused_and_not_repeated(base: str, source: str, secret: bool) -> None:
+def test_secret_in_a_url_is_refused_and_not_printed(base: str, source: str, secret: bool) -> None:
     try:
         Profile.load(base, [f'corpus.source="{source}"'])
     except UsageError as raised:
-        assert secret and "put ${NAME} in its place" in str(raised) and "hunter2" not in str(raised)
+        assert (
+            secret and "write an environment variable: ${NAME}" in str(raised) and "hunter2" not in str(raised)
+        )
     else:
         assert not secret

@@ -1,28 +1,28 @@
-"""The native engine's checkpoints: directories `step-N` of a model's directory, written under another name first."""
+"""Checkpoints of the native engine: directories `step-N` in a model's directory."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from electra_wrap import rundir
+from electra_wrap import files
+
+CHECKSUMS = "SHA256SUMS"
 
 
-def path(model_dir: Path, step: int) -> Path:
-    return model_dir / f"step-{step}"
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return the directory of a step's checkpoint in a model's directory."""
+    return directory / f"step-{step}"
 
 
-def sums(model_dir: Path, step: int) -> Path:
-    """The file that has the digests of a checkpoint's files."""
-    return path(model_dir, step) / "SHA256SUMS"
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Return the steps that have a checkpoint, in order."""
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in directory.glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
-def finish(made: Path, model_dir: Path, step: int) -> None:
-    """Give a directory with a checkpoint its name, when it is on disk."""
-    rundir.write_sums(made / "SHA256SUMS", [file for file in made.rglob("*") if file.is_file()])
-    rundir.finish(made, path(model_dir, step))
-
-
-def steps(model_dir: Path) -> list[int]:
-    """Steps that have a checkpoint, in order."""
-    return sorted(int(m[1]) for p in model_dir.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)))
+def finish_checkpoint(temporary: Path, directory: Path, step: int) -> None:
+    """Add checksums to a checkpoint that was written to `temporary`, and rename it."""
+    written = [file for file in temporary.rglob("*") if file.is_file()]
+    files.write_checksums(temporary / CHECKSUMS, written)
+    files.move_into_place(temporary, checkpoint_path(directory, step))

@@ -1,32 +1,35 @@
-"""Run as a module: which GPUs PyTorch sees, or how fast it multiplies matrices."""
+"""The GPUs that PyTorch sees, and their speed. Runs as a child process: it imports PyTorch."""
 
 from __future__ import annotations
 
 import time
 
-from electra_wrap import process
+import torch
+
+from electra_wrap import subprocesses
 
 
-def ask(precision: str | None = None) -> list[str] | float:
-    """Return the GPUs' names; or, for a precision, the measured operations a second of a large matrix product."""
-    import torch
+def list_gpus() -> list[str]:
+    """Return the names of the GPUs."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    if precision is None:
-        return gpus
+
+def measure_matmul(precision: str) -> float:
+    """Return the floating-point operations per second of a large matrix product on one device."""
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    n, best = (8192 if gpus else 2048), float("inf")
+    gpu = torch.cuda.is_available()
+    size, best = (8192 if gpu else 2048), float("inf")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    matrix = torch.ones(n, n, dtype=dtype, device="cuda" if gpus else "cpu")
+    matrix = torch.ones(size, size, dtype=dtype, device="cuda" if gpu else "cpu")
     for _ in range(10):
-        began = time.perf_counter()
+        start = time.perf_counter()
         matrix @ matrix
-        if gpus:
+        if gpu:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 if __name__ == "__main__":
-    process.serve(ask)
+    subprocesses.serve(list_gpus, measure_matmul)

@@ -1,142 +1,188 @@
-"""The native engine: what stages.py asks of an engine, done in PyTorch. Nothing here imports it; train.py does."""
+"""The native engine: what the pipeline needs of an engine, in PyTorch.
+
+Children import PyTorch; this module does not.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from electra_wrap import metrics, process, vocab
+from electra_wrap import files, packages, subprocesses
+from electra_wrap.engine import Checkpoint, OnEvent
 from electra_wrap.errors import UsageError
-from electra_wrap.native import checkpoints, examples
+from electra_wrap.native import examples
+from electra_wrap.native.checkpoints import (
+    CHECKSUMS,
+    checkpoint_path,
+    checkpoint_steps,
+    finish_checkpoint,
+)
 from electra_wrap.profile import NETWORKS
-from electra_wrap.rundir import write_json
+from electra_wrap.run import Run
 
-if TYPE_CHECKING:
-    from electra_wrap.stages import Run
+NAME = "native"
+CREDIT = "electra_wrap's native engine, equal to google-research/electra's objective and optimizer"
+NO_GPU = "PyTorch sees none; install the NVIDIA driver and PyTorch's CUDA wheels"
+EXAMPLES = ("examples", "heldout_examples")
 
-DATA, OUTPUTS = "examples", ("examples", "heldout_examples")
-PACKAGES = {
-    DATA: ("tokenizers", "numpy"),
+_PACKAGES = {
+    "examples": ("tokenizers", "numpy"),
     "train": ("torch", "transformers", "accelerate"),
     "convert": ("torch", "transformers", "safetensors"),
 }
 
-GPUS, NO_GPU = "electra_wrap.native.devices", "PyTorch sees none; install the NVIDIA driver and PyTorch's CUDA wheels"
 
-CREDIT = "electra_wrap's native engine, equal to google-research/electra's objective and optimizer"
-
-
-def versions() -> dict[str, str]:
-    return {}
+def versions(stage: str) -> dict[str, str]:
+    """Return the versions of the packages behind a stage."""
+    return packages.versions(*_PACKAGES[stage])
 
 
-def precision(wanted: str, gpus: list[str]) -> str:
-    """The precision of products: the profile's, where `auto` is bfloat16 on a GPU."""
-    return ("bfloat16" if gpus else "float32") if wanted == "auto" else wanted
+def devices() -> list[str]:
+    """Return the names of the GPUs that PyTorch sees."""
+    return list(subprocesses.call("electra_wrap.native.devices", "list_gpus", {}))
+
+
+def precision(requested: str, devices: Sequence[str]) -> str:
+    """Return the precision of matrix products: "auto" is bfloat16 on a GPU, float32 on a CPU."""
+    if requested == "auto":
+        return "bfloat16" if devices else "float32"
+    return requested
 
 
 def prepare(run: Run) -> None:
-    """Nothing has to be fetched."""
+    """Check --launch. Nothing has to be fetched."""
+    if run.launch:
+        _parse_launch(run.launch)
 
 
-steps, sums = checkpoints.steps, checkpoints.sums
+def _parse_launch(launch: str) -> list[str]:
+    """Split a --launch command and find its program, on PATH or beside the running Python."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise UsageError(f"--launch {launch!r}: {error}; quote it as in a shell") from None
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    program = shutil.which(words[0], path=path) if words else None
+    if program is None:
+        raise UsageError(
+            f"--launch {launch!r}: there is no such command; give another, such as torchrun"
+        )
+    return [str(Path(program).absolute()), *words[1:]]
 
 
-def set_aside(run: Run, step: int) -> None:
-    """Give a checkpoint a name that is no checkpoint's."""
-    run.directory.set_aside(checkpoints.path(run.model_dir, step))
-
-
-def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_line: Callable[[str], None]) -> None:
-    """Build parts of the examples of `text`, a shard each, under `out`; `jobs` are the keywords of `parts.build`."""
+def build_examples(
+    run: Run, text: Path, parts: Path, jobs: dict[str, Any], log: Path, on_event: OnEvent
+) -> None:
+    """Build one part under `parts` for each shard of `text`; `jobs` go to `parts.build`."""
     job = {
         "text": str(text),
         "vocabulary": str(run.vocabulary),
-        "rules": run.profile.tokenizer.rules,
-        "length": run.profile.model.max_seq_length,
-        "documents": run.profile.corpus.blank_lines_separate_documents,
-        "seed": run.profile.train.seed,
-        "out": str(out),
+        "out": str(parts),
         "jobs": jobs,
+        "normalization": run.profile.tokenizer.normalization,
+        "max_length": run.profile.model.max_seq_length,
+        "blank_lines_separate_documents": run.profile.corpus.blank_lines_separate_documents,
+        "seed": run.profile.train.seed,
     }
-    argv = [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)]
-    process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=on_line)
+    subprocesses.follow(
+        [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)],
+        log=log,
+        on_event=on_event,
+    )
 
 
-def bytes_per_token(vocab_size: int) -> float:
-    """Bytes that a token takes in the parts, and again in what they are joined to."""
-    return 2 * (2 if vocab_size <= 2**16 else 4)
+def join_examples(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
+    """Fill the directory `out` with one store of the examples of all parts of `text`."""
+    examples.join(parts, out, run.vocab_size)
 
 
-def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
-    """Fill `out` with one store of those of the parts of `text`."""
-    examples.join(parts, out)
+def import_records(run: Run, records: Path, out: Path) -> int:
+    """Write a store of upstream's records to `out`. Return the number of examples.
 
-
-def take(run: Run, records: Path, out: Path | None) -> int:
-    """Read upstream's records that were made elsewhere, into a store if `out` is given; return their number.
-
-    UsageError if they do not fit.
+    UsageError if they do not fit the profile.
     """
-    size, length = len(vocab.read(run.vocabulary)), run.profile.model.max_seq_length
-    job = {"directory": str(records), "length": length, "vocab_size": size, "out": out and str(out)}
-    return int(process.call("electra_wrap.native.records", job, log=run.log(DATA)))
+    job = {
+        "records": str(records),
+        "out": str(out),
+        "max_length": run.profile.model.max_seq_length,
+        "vocab_size": run.vocab_size,
+    }
+    log = run.log_file("examples")
+    return int(subprocesses.call("electra_wrap.native.examples", "import_records", job, log=log))
 
 
-def train(run: Run, gpus: list[str], on_scalars: Callable[[dict[str, Any]], None]) -> None:
-    """Train until the profile's last step, with a process for each GPU or as `run.launch` says.
-
-    `on_scalars` gets what each logged step gave, with its `step`, and each evaluation's metrics, with the step that
-    was `evaluated`.
-    """
+def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
+    """Train to the profile's last step, with a process for each GPU, or as --launch says."""
     launcher = [sys.executable, "-s"]
     if run.launch:
-        try:
-            launcher = shlex.split(run.launch)
-        except ValueError as error:
-            raise UsageError(f"--launch {run.launch}: {error}; quote it as a shell does") from None
-        if not launcher or shutil.which(launcher[0]) is None:
-            raise UsageError(f"--launch {run.launch!r}: there is no such command; give one, such as torchrun")
-    elif len(gpus) > 1:
-        patience = f"--shutdown-timeout={process.GRACE}"  # torchrun's own is 30 s, which a checkpoint may take
-        launcher += ["-m", "torch.distributed.run", "--standalone", patience, f"--nproc-per-node={len(gpus)}"]
-    argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory.path)]
-    _trainer(argv, run.log("train"), on_scalars)
+        launcher = _parse_launch(run.launch)
+    elif len(devices) > 1:
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--shutdown-timeout={subprocesses.GRACE_PERIOD}",  # saving takes longer than its 30 s
+            f"--nproc-per-node={len(devices)}",
+        ]
+    argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory)]
+    subprocesses.follow(argv, log=run.log_file("train"), on_event=on_event)
 
 
-def evaluate(run: Run, gpus: list[str], step: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
-    """Evaluate a checkpoint on the held-out examples, as `train` does on its way."""
-    profile = run.directory / "logs" / "evaluate.profile.json"  # the run's own is what it was trained with
-    write_json(profile, run.profile.model_dump())
-    argv = [sys.executable, "-s", "-m", "electra_wrap.native.train", str(run.directory.path), str(step), str(profile)]
-    _trainer(argv, run.log("evaluate"), on_scalars)
+def evaluate(run: Run, checkpoint: Checkpoint, devices: Sequence[str], on_event: OnEvent) -> None:
+    """Evaluate a checkpoint on the held-out examples, as `train` does."""
+    argv = [sys.executable, "-s", "-m", "electra_wrap.native.evaluate"]
+    argv += [str(run.directory), str(_path(checkpoint))]
+    subprocesses.follow(argv, log=run.log_file("evaluate"), on_event=on_event)
 
 
-def _trainer(argv: list[str], log: Path, on_scalars: Callable[[dict[str, Any]], None]) -> None:
-    process.run(argv, cwd=Path("/"), env=process.environment({}), log=log, on_line=metrics.follow(on_scalars))
+def checkpoints(directory: Path) -> list[Checkpoint]:
+    """Return the checkpoints in a directory, in the order of their steps."""
+    return [Checkpoint(NAME, step, directory) for step in checkpoint_steps(directory)]
 
 
-def files(model_dir: Path, step: int) -> list[Path]:
-    """The files of a checkpoint that have its weights."""
-    return sorted(checkpoints.path(model_dir, step).rglob("model.safetensors"))
+def checksums(checkpoint: Checkpoint) -> Path:
+    """Return the file with the SHA-256 of each file of a checkpoint."""
+    return _path(checkpoint) / CHECKSUMS
 
 
-def export(run: Run, model_dir: Path, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
-    """Write `out`/discriminator and `out`/generator as transformers loads them; `slots`: with Adam's, for training."""
-    size = len(vocab.read(run.vocabulary))
-    configs = {network: run.profile.hf_config(network, size) for network in NETWORKS}
-    job = {"checkpoint": str(checkpoints.path(model_dir, step)), "configs": configs, "out": str(out)}
-    process.call("electra_wrap.native.exchange", {**job, "slots": slots}, log=run.log("convert"))
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files that hold a checkpoint's weights."""
+    return sorted(_path(checkpoint).rglob("model.safetensors"))
+
+
+def archive(checkpoint: Checkpoint) -> None:
+    """Rename a checkpoint so that it is no longer discovered."""
+    files.archive(_path(checkpoint))
+
+
+def _path(checkpoint: Checkpoint) -> Path:
+    return checkpoint_path(checkpoint.directory, checkpoint.step)
+
+
+def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = False) -> None:
+    """Write `out`/discriminator and `out`/generator for transformers.
+
+    With `optimizer`, Adam's slots are written beside each model.
+    """
+    configs = {network: run.profile.hf_config(network, run.vocab_size) for network in NETWORKS}
+    job = {
+        "checkpoint": str(_path(checkpoint)),
+        "configs": configs,
+        "out": str(out),
+        "optimizer": optimizer,
+    }
+    subprocesses.call("electra_wrap.native.exchange", "export", job, log=run.log_file("convert"))
     for network, config in configs.items():
-        write_json(out / network / "config.json", config)
-    return {}
+        files.write_json(out / network / "config.json", config)
 
 
-def adopt(run: Run, step: int, exported: Path) -> None:
-    """Make a checkpoint of what another engine exported with slots, from which `train` goes on."""
-    checkpoints.finish(exported, run.model_dir, step)
+def import_checkpoint(run: Run, exported: Path, step: int) -> None:
+    """Make a checkpoint from the directory that another engine's `export` wrote."""
+    finish_checkpoint(exported, run.model_dir, step)

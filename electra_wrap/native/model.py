@@ -1,8 +1,9 @@
-"""Both networks in one module, and the objective: transformers' Electra classes put together as upstream's graph is.
+"""Both networks in one module, and the training objective.
 
-The generator sees the masked batch, and what it proposes for the masked tokens goes into the discriminator's batch.
-Sums over a batch are divided by totals of the whole batch, of which this process may see a part: what the processes
-and micro-batches give adds up to upstream's loss.
+The networks are transformers' Electra classes, combined as upstream's graph combines them: the
+generator sees the masked batch, and the tokens that it samples for the masked positions go into the
+discriminator's batch. Sums over a batch are divided by totals of the whole batch, of which this
+process may see a part, so that the losses of all processes and micro-batches add up to upstream's.
 """
 
 from __future__ import annotations
@@ -15,43 +16,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_wrap.profile import NETWORKS, Network
+from electra_wrap.profile import Network
 
 GENERATOR_WEIGHT, DISCRIMINATOR_WEIGHT = 1.0, 50.0
 
-#: Most logits that are in memory at once: 2**25 (128 MB) on a CPU, 2**30 on a GPU, where one large product is faster.
-MOST_LOGITS = {"cpu": 2**25, "cuda": 2**30}
+#: Most logits in memory at once: 128 MB on a CPU. On a GPU, one large product is faster.
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**30}
 
-#: Words that are summed together on the way to a sample.
+#: Tokens whose probabilities are added up together on the way to a sample.
 BLOCK = 512
 
 
 class Electra(nn.Module):
-    """Generator and discriminator with the embeddings (word, position, type, their norm) in common.
+    """Generator and discriminator, which share the embeddings (token, position, type, LayerNorm).
 
-    `configs` are transformers' config.json contents, as the profile gives them.
+    `configs` are the networks' config.json contents, as the profile gives them.
     """
 
     def __init__(self, configs: Mapping[Network, dict[str, Any]]) -> None:
         super().__init__()
-        # Without `pad_token_id`, whose embedding would have no gradient: the generator may well propose [PAD].
-        shapes = {
-            n: ElectraConfig(**{**configs[n], "pad_token_id": None}, attn_implementation="sdpa") for n in NETWORKS
-        }
-        self.discriminator = ElectraForPreTraining(shapes["discriminator"])
-        self.generator = ElectraForMaskedLM(shapes["generator"])
+        # The embedding of `pad_token_id` would get no gradient, but the generator may sample it.
+        discriminator, generator = (
+            ElectraConfig(**(configs[name] | {"pad_token_id": None}), attn_implementation="sdpa")
+            for name in ("discriminator", "generator")
+        )
+        self.discriminator = ElectraForPreTraining(discriminator)
+        self.generator = ElectraForMaskedLM(generator)
         self.generator.electra.embeddings = self.discriminator.electra.embeddings
-        self.generator.generator_lm_head.weight = self.words
-        self._initialise()
+        self.generator.generator_lm_head.weight = self.token_embeddings
+        self._initialize()
 
     @property
-    def words(self) -> Tensor:
-        """The word embeddings, [vocab_size, embedding_size]."""
+    def token_embeddings(self) -> Tensor:
+        """The token embeddings, [vocab_size, embedding_size]."""
         return self.discriminator.electra.embeddings.word_embeddings.weight
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """TensorFlow's initial values: normal, cut at two deviations; Glorot where upstream names no initializer."""
+    def _initialize(self) -> None:
+        """Set TensorFlow's initial values.
+
+        They are normal, truncated at two standard deviations; Glorot where upstream names no
+        initializer.
+        """
         for name, parameter in self.named_parameters():
             if "LayerNorm.weight" in name:
                 nn.init.ones_(parameter)
@@ -63,173 +69,202 @@ class Electra(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this part's losses, `loss` (their weighted sum), `generator` and `discriminator`, for a batch.
+        """Return the losses of a part of a batch, and what `metrics.Tally` counts.
 
-        `batch` is what `Batches` gives, as tensors. What `metrics.Tally` wants of both networks comes with them,
-        under its names.
+        `batch` holds the arrays of `Batches` as tensors. `loss` is the weighted sum of `generator`
+        and `discriminator`. [n, max_predictions]: `correct` and `sampled_correct`, whether the most
+        likely and the sampled token are the original one, and `masked_losses`. [n, length]:
+        `logits` of the discriminator, and `replaced`, where its tokens are not the original ones.
         """
-        ids = batch["ids"]
-        places = torch.arange(ids.shape[1], device=ids.device)
-        inside = places < batch["sizes"][:, None]
-        segments = (inside & (places >= batch["firsts"][:, None])).long()
+        ids, positions = batch["ids"], batch["positions"]
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        inside = columns < batch["sizes"][:, None]
+        segments = (inside & (columns >= batch["first_segment_lengths"][:, None])).long()
         attended = inside[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
 
         hidden = self.generator.electra(batch["masked"], attended, segments).last_hidden_state
-        chosen = hidden.gather(1, batch["positions"][:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
-        head = self.generator.generator_predictions(chosen)
-        weights = batch["weights"].flatten() / (batch["chosen"] + 1e-6)
-        labels = ids.gather(1, batch["positions"]).flatten()
-        bias = self.generator.generator_lm_head.bias
-        generator, *of_each = masked_lm(head, self.words, bias, labels, weights, batch["draws"].flatten())
-        sampled, masked_losses, right = (value.view_as(batch["positions"]) for value in of_each)
+        chosen = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))
+        labels = ids.gather(1, positions)
+        generator_loss, sampled, masked_losses, correct = masked_lm(
+            self.generator.generator_predictions(chosen.flatten(0, 1)),
+            self.token_embeddings,
+            self.generator.generator_lm_head.bias,
+            labels.flatten(),
+            batch["weights"].flatten() / (batch["chosen"] + 1e-6),
+            batch["draws"].flatten(),
+        )
+        sampled = sampled.view_as(positions)
 
-        corrupted, replaced = corrupt(ids, batch["positions"], sampled)
+        corrupted, replaced = corrupt(ids, positions, sampled)
         hidden = self.discriminator.electra(corrupted, attended, segments).last_hidden_state
         logits = self.discriminator.discriminator_predictions(hidden).float()
         losses = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
-        discriminator = (losses * inside).sum() / (batch["tokens"] + 1e-6)
+        discriminator_loss = (losses * inside).sum() / (batch["tokens"] + 1e-6)
         return {
-            "loss": GENERATOR_WEIGHT * generator + DISCRIMINATOR_WEIGHT * discriminator,
-            "generator": generator.detach(),
-            "discriminator": discriminator.detach(),
-            "right": right,
-            "sampled": sampled == ids.gather(1, batch["positions"]),
-            "masked_losses": masked_losses,
+            "loss": GENERATOR_WEIGHT * generator_loss + DISCRIMINATOR_WEIGHT * discriminator_loss,
+            "generator": generator_loss.detach(),
+            "discriminator": discriminator_loss.detach(),
+            "correct": correct.view_as(positions),
+            "sampled_correct": sampled == labels,
+            "masked_losses": masked_losses.view_as(positions),
             "logits": logits.detach(),
             "replaced": replaced,
         }
 
 
 def corrupt(ids: Tensor, positions: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the sampled ids at their positions; return the new ids and where they differ from `ids`, [n, length] both.
+    """Put the sampled ids at their positions.
 
-    As upstream's scatter_update: position 0 is left alone, and a position that was chosen several times gets the
-    mean of its samples' ids, rounded down.
+    Return the new ids and where they differ from `ids`, both [n, length]. As upstream's
+    scatter_update: position 0 does not change, and a position that was chosen several times gets
+    the mean of its samples' ids, rounded down.
     """
-    times = torch.zeros_like(ids).scatter_add_(1, positions, torch.ones_like(positions))
+    counts = torch.zeros_like(ids).scatter_add_(1, positions, torch.ones_like(positions))
     sums = torch.zeros_like(ids).scatter_add_(1, positions, sampled)
-    times[:, 0] = 0
-    corrupted = torch.where(times > 0, sums // times.clamp(min=1), ids)
+    counts[:, 0] = 0
+    corrupted = torch.where(counts > 0, sums // counts.clamp(min=1), ids)
     return corrupted, corrupted != ids
 
 
 def masked_lm(
-    hidden: Tensor, words: Tensor, bias: Tensor, labels: Tensor, weights: Tensor, draws: Tensor
+    hidden: Tensor, embeddings: Tensor, bias: Tensor, labels: Tensor, weights: Tensor, draws: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weighted sum of the cross entropies of softmax(hidden @ words.T + bias), and of each row a sample.
+    """Return the generator's loss and a sample of each row.
 
-    hidden [n, embedding_size], words [vocab_size, embedding_size], bias [vocab_size]; labels, weights and draws [n].
-    The samples, [n], are the inverse of the distribution function at `draws`, which are uniform in [0, 1). Upstream
-    adds Gumbel noise and takes the largest: the same distribution, for a random number per word and row instead of
-    one per row. With each row's sample come its cross entropy and whether its label is the likeliest word. Products
-    are in autocast's type; the rest is in float32.
+    hidden [n, embedding_size], embeddings [vocab_size, embedding_size], bias [vocab_size]; labels,
+    weights and draws [n]. Returns the sum of the cross entropies of softmax(hidden @ embeddings.T +
+    bias), multiplied by `weights`; the samples [n]; the cross entropies [n]; and whether the label
+    is the most likely token [n].
+
+    A sample is the inverse of the cumulative distribution at the draw, which is uniform in [0, 1).
+    Upstream adds Gumbel noise and takes the largest: the same distribution, with a random number
+    for each token of the vocabulary instead of one. Products have autocast's type, the rest is
+    float32.
     """
     kind = hidden.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    autocast = torch.is_autocast_enabled(kind)
+    compute = torch.get_autocast_dtype(kind) if autocast else torch.float32
     with torch.autocast(kind, enabled=False):
-        found: tuple[Tensor, Tensor, Tensor, Tensor]
-        found = _MaskedLM.apply(hidden.float(), words, bias, labels, weights, draws, compute)
-    return found
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _MaskedLM.apply(
+            hidden.float(), embeddings, bias, labels, weights, draws, compute
+        )
+    return outputs
 
 
 class _MaskedLM(torch.autograd.Function):
-    """`masked_lm` with its gradients computed on the way: a chunk of logits exists once, and is then overwritten."""
+    """`masked_lm` with its gradients, which are computed in the forward pass.
+
+    So the logits are needed only once, a chunk at a time.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        words: Tensor,
+        embeddings: Tensor,
         bias: Tensor,
         labels: Tensor,
         weights: Tensor,
         draws: Tensor,
         compute: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        table = words.to(compute)
-        d_hidden, d_words, d_bias = torch.empty_like(hidden), torch.zeros_like(table), torch.zeros_like(bias)
-        loss, sampled = hidden.new_zeros(()), torch.empty_like(labels)
-        losses, right = torch.empty_like(weights), torch.empty_like(labels, dtype=torch.bool)
-        rows = min(len(hidden), max(1, MOST_LOGITS[hidden.device.type] // len(words)))
-        products = table.new_empty(rows, len(words))
+        table = embeddings.to(compute)
+        d_hidden, d_table = torch.empty_like(hidden), torch.zeros_like(table)
+        d_bias = torch.zeros_like(bias)
+        loss, losses = hidden.new_zeros(()), torch.empty_like(weights)
+        sampled, correct = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
+        vocab_size = len(embeddings)
+        rows = min(len(hidden), max(1, MAX_LOGITS[hidden.device.type] // vocab_size))
+        products = table.new_empty(rows, vocab_size)
         for i in range(0, len(hidden), rows):
-            part = slice(i, i + rows)
-            inputs, label, weight = hidden[part].to(compute), labels[part, None], weights[part, None]
+            chunk = slice(i, i + rows)
+            inputs = hidden[chunk].to(compute)
+            label, weight = labels[chunk, None], weights[chunk, None]
             logits = torch.mm(inputs, table.T, out=products[: len(inputs)]).float().add_(bias)
             top = logits.amax(1, keepdim=True)
-            of_label = logits.gather(1, label)
+            label_logits = logits.gather(1, label)
             powers = logits.sub_(top).exp_()
-            total, sampled[part] = _total_and_sample(powers, draws[part, None])
-            loss_of_each = total.log() + top - of_label
-            loss += (weight * loss_of_each).sum()
-            losses[part], right[part] = loss_of_each.squeeze(1), (of_label == top).squeeze(1)
-            if torch.compiler.is_compiling():  # one pass; a scatter would write the whole matrix in float32 first
-                of_words = torch.arange(len(words), device=words.device) == label
-                gradient = powers * (weight / total) - torch.where(of_words, weight, 0.0)
+            total, sampled[chunk] = _sum_and_sample(powers, draws[chunk, None])
+            cross_entropies = total.log() + top - label_logits
+            loss += (weight * cross_entropies).sum()
+            losses[chunk] = cross_entropies.squeeze(1)
+            correct[chunk] = (label_logits == top).squeeze(1)
+            if torch.compiler.is_compiling():  # a scatter would write the matrix in float32 first
+                is_label = torch.arange(vocab_size, device=table.device) == label
+                gradient = powers * (weight / total) - torch.where(is_label, weight, 0.0)
             else:
                 gradient = powers.mul_(weight / total).scatter_add_(1, label, -weight)
             d_bias += gradient.sum(0)
             gradient = gradient.to(compute)
-            d_hidden[part] = gradient @ table
-            d_words.addmm_(gradient.T, inputs)
-        ctx.save_for_backward(d_hidden, d_words, d_bias)
-        ctx.mark_non_differentiable(sampled, losses, right)
-        return loss, sampled, losses, right
+            d_hidden[chunk] = gradient @ table
+            d_table.addmm_(gradient.T, inputs)
+        ctx.save_for_backward(d_hidden, d_table, d_bias)
+        ctx.mark_non_differentiable(sampled, losses, correct)
+        return loss, sampled, losses, correct
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_words, d_bias = ctx.saved_tensors
-        return upstream * d_hidden, upstream * d_words.float(), upstream * d_bias, None, None, None, None
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_table, d_bias = ctx.saved_tensors
+        return d_loss * d_hidden, d_loss * d_table.float(), d_loss * d_bias, None, None, None, None
 
 
-def _total_and_sample(powers: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of each row of `powers`, [n, 1], and a column of each drawn in proportion to them, [n].
+def _sum_and_sample(powers: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of each row [n, 1], and a column of each, drawn in proportion to `powers` [n].
 
-    Blocks of columns are summed first, and only the block in which the draw falls is looked at again.
+    Blocks of columns are added up first. Only the block that the draw falls into is read again.
     """
-    whole = powers.shape[1] // BLOCK
-    blocks = powers[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(2)
-    blocks = torch.cat([blocks, powers[:, whole * BLOCK :].sum(1, keepdim=True)], 1)
-    cumulated = blocks.cumsum(1)
-    total = cumulated[:, -1:]
-    block, rest = _place(cumulated, draws * total)
-    columns = block * BLOCK + torch.arange(BLOCK, device=powers.device)
-    within = powers.gather(1, columns.clamp(max=powers.shape[1] - 1)) * (columns < powers.shape[1])
-    within = within.cumsum(1)
-    place, _ = _place(within, rest)
-    # Only NaN leads beyond the last column; the loss will say so, where an index would only fail.
-    return total, (block * BLOCK + place).clamp(max=powers.shape[1] - 1).squeeze(1)
+    columns = powers.shape[1]
+    full = columns // BLOCK
+    sums = powers[:, : full * BLOCK].unflatten(1, (full, BLOCK)).sum(2)
+    sums = torch.cat([sums, powers[:, full * BLOCK :].sum(1, keepdim=True)], 1)
+    cumulative = sums.cumsum(1)
+    total = cumulative[:, -1:]
+    block, rest = _search(cumulative, draws * total)
+    candidates = block * BLOCK + torch.arange(BLOCK, device=powers.device)
+    within = powers.gather(1, candidates.clamp(max=columns - 1)) * (candidates < columns)
+    column, _ = _search(within.cumsum(1), rest)
+    # Only NaN leads beyond the last column. Then the loss is reported, instead of a bad index.
+    return total, (block * BLOCK + column).clamp(max=columns - 1).squeeze(1)
 
 
-def _place(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first column whose cumulated value is above `target`, and how far `target` is above the one before.
+def _search(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first column whose cumulative value is above `target`, and the remainder.
 
-    Rounding may put the target at the end or beyond; it is then just before it, so that a column of zero never wins.
+    The remainder is the distance of `target` from the column before. Rounding may put the target at
+    the end or beyond; it then moves just before the end, so that a column of zero is never drawn.
     """
-    end = cumulated[:, -1:]
+    end = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
-    place = torch.searchsorted(cumulated, target, right=True)
-    before = cumulated.gather(1, (place - 1).clamp(min=0))
-    return place, target - torch.where(place > 0, before, torch.zeros_like(before))
+    column = torch.searchsorted(cumulative, target, right=True)
+    before = cumulative.gather(1, (column - 1).clamp(min=0))
+    return column, target - torch.where(column > 0, before, torch.zeros_like(before))
 
 
 def learning_rate(step: int, rate: float, steps: int, warmup: int) -> float:
-    """The rate of a step, from 0: linear decay to zero times linear warm-up, as model/optimization.py of the pin."""
-    return rate * max(0.0, 1 - step / steps) * (min(1.0, step / warmup) if warmup else 1.0)
+    """Return the rate of a step, counted from 0, as model/optimization.py of the pin.
+
+    Linear decay to zero, times linear warm-up.
+    """
+    decay = max(0.0, 1 - step / steps)
+    return rate * decay * (min(1.0, step / warmup) if warmup else 1.0)
 
 
-def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Upstream's AdamWeightDecayOptimizer: Adam without bias correction, decoupled decay but for norms and biases.
+def optimizer(network: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Return upstream's AdamWeightDecayOptimizer: Adam without bias correction, decoupled decay.
 
-    PyTorch's AdamW corrects by 1 - beta**step; a step of 100,000 from the start makes that exactly 1.
+    Norms and biases do not decay. PyTorch's AdamW corrects by 1 - beta**step; after 100,000 steps
+    that is exactly 1.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in network.named_parameters():
         (others if "LayerNorm" in name or "bias" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
-    for parameter in model.parameters():
+    for parameter in network.parameters():
         adam.state[parameter] = {
             "step": torch.tensor(1e5, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

@@ -1,7 +1,7 @@
-"""google-research/electra: pinned, verified, patched.
+"""google-research/electra: pinned, verified and patched.
 
-vendor/electra.lock names a commit, its tree and the tree after patches/. Nothing of upstream is in our
-repository; `ensure` brings it once and, before every execution, hashes what is there as git would.
+vendor/electra.lock names a commit, its tree, and the tree after patches/. This repository has no
+code of upstream. `ensure` fetches it once, and before every execution hashes it as git does.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from electra_wrap import paths, process
-from electra_wrap.errors import EnvironmentLacks
-from electra_wrap.rundir import exclusive
+from electra_wrap import paths, subprocesses
+from electra_wrap.errors import EnvironmentProblem
+from electra_wrap.files import lock
 
-#: Seconds until a remote that does not answer counts as unreachable, and for a whole fetch.
+#: Seconds after which a remote that does not answer is unreachable, and for a fetch.
 ANSWER_TIMEOUT, FETCH_TIMEOUT = 8, 600
 
-#: git, whatever the user's configuration: no hooks, no prompts, no line-end conversion, no exotic transports.
-_GIT_OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "core.autocrlf=false", "-c", "core.symlinks=false")
+# Whatever the user's git configuration: no hooks, no prompts, no conversion of line ends or
+# symbolic links, and no transports that run commands.
+_GIT = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.autocrlf=false"]
+_GIT += ["-c", "core.symlinks=false"]
 _GIT_ENVIRONMENT = {
     "GIT_TERMINAL_PROMPT": "0",
     "GIT_ASKPASS": "true",
@@ -52,155 +54,185 @@ class Pin:
 
     @property
     def directory(self) -> Path:
-        """Where the checkout of this pin with these patches is, or would be."""
+        """The directory of the checkout, whether it exists or not."""
         return paths.vendor_directory() / f"electra-{self.patched_tree[:12]}"
 
 
 def ensure(upstream: str | None = None) -> Path:
-    """Return the verified, patched checkout; fetch it from `upstream` (default: the pin's URL) if there is none.
+    """Return the verified, patched checkout. Fetch it from `upstream` if it does not exist.
 
-    `upstream` is a URL, a local clone, a bare mirror or a bundle. EnvironmentLacks if it cannot be reached, does
-    not have the pinned commit, or if the checkout is not what the lock says.
+    `upstream` is a URL, a local clone, a bare mirror or a bundle; default: the pin's URL.
+    EnvironmentProblem if it cannot be reached or lacks the pinned commit, if the checkout cannot be
+    written, or if it differs from the lock. A checkout that exists may be read-only.
     """
     pin = Pin.read()
-    pin.directory.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(pin.directory.parent / ".lock", wait=True):
-        if not pin.directory.exists():
-            _fetch(pin, upstream or pin.url)
-        verify(pin.directory, pin.patched_tree)
+    vendor = pin.directory.parent
+    if not pin.directory.exists():
+        try:
+            vendor.mkdir(parents=True, exist_ok=True)
+            with lock(vendor / ".lock", wait=True):
+                if not pin.directory.exists():
+                    _fetch(pin, _resolve(upstream or pin.url))
+        except OSError as error:
+            writable = "set XDG_CACHE_HOME to a directory that can"
+            if paths.IN_CHECKOUT:
+                writable = "use a clone of electra_wrap that can"
+            raise EnvironmentProblem(
+                f"{vendor}, where upstream's scripts go, cannot be written ({error.strerror}); "
+                f"{writable}, or do without them: --set engine=native"
+            ) from None
+    verify(pin.directory, pin.patched_tree)
     return pin.directory
 
 
 def look(upstream: str | None = None) -> str:
-    """Return where upstream is: here and verified, or within reach. EnvironmentLacks if it is neither."""
+    """Describe where upstream is. EnvironmentProblem if it is neither here nor reachable."""
     pin = Pin.read()
     if pin.directory.exists():
         verify(pin.directory, pin.patched_tree)
         return f"verified, in {pin.directory}"
-    source = _source(upstream or pin.url)
-    _reach(_git(Path("/"), {}), source)
-    return f"within reach at {source}"
+    source = _resolve(upstream or pin.url)
+    _refuse_unreachable(_git(Path("/"), {}), source)
+    return f"reachable at {source}"
 
 
 def verify(directory: Path, tree: str) -> None:
-    """EnvironmentLacks unless `directory` holds exactly git's `tree`: each name, mode and byte."""
+    """EnvironmentProblem unless `directory` holds exactly git's `tree`: names, modes and bytes."""
     found = hash_tree(directory)
     if found != tree:
-        raise EnvironmentLacks(
-            f"{directory} was changed: its tree is {found[:12]}, pinned is {tree[:12]}; move it away and run again"
+        raise EnvironmentProblem(
+            f"{directory} was changed: its tree is {found[:12]}, pinned is {tree[:12]}; move it "
+            "away and run again"
         )
 
 
 def hash_tree(directory: Path) -> str:
-    """Return the id of the git tree object of a directory, ignored and untracked files included.
+    """Return the id of a directory's git tree object, with ignored and untracked files.
 
-    A tree is the sorted list of (mode, name, id); ids are SHA-1 over `type length\\0content`
-    (git's Documentation: "Git Internals - Git Objects").
+    A tree is the sorted list of (mode, name, id); ids are SHA-1 of `type length\\0content`
+    (git's documentation, "Git Internals - Git Objects").
     """
     entries = []
     for path in directory.iterdir():
-        mode = path.lstat().st_mode
+        mode, name = path.lstat().st_mode, os.fsencode(path.name)
         if stat.S_ISDIR(mode):
-            entries.append((path.name + "/", b"40000", hash_tree(path)))
+            entries.append((name + b"/", b"40000", hash_tree(path)))
         elif stat.S_ISLNK(mode):
-            entries.append((path.name, b"120000", _object_id(b"blob", os.fsencode(path.readlink()))))
-        elif not stat.S_ISREG(mode):
-            raise EnvironmentLacks(f"{path} is no file; move the checkout away and run again")
+            entries.append((name, b"120000", _object_id(b"blob", os.fsencode(path.readlink()))))
+        elif stat.S_ISREG(mode):
+            git_mode = b"100755" if mode & stat.S_IXUSR else b"100644"
+            entries.append((name, git_mode, _object_id(b"blob", path.read_bytes())))
         else:
-            executable = mode & stat.S_IXUSR
-            entries.append((path.name, b"100755" if executable else b"100644", _object_id(b"blob", path.read_bytes())))
+            raise EnvironmentProblem(f"{path} is not a file; move the checkout away and run again")
     lines = (
-        mode + b" " + os.fsencode(name.rstrip("/")) + b"\0" + bytes.fromhex(object_id)
-        for name, mode, object_id in sorted(entries, key=lambda entry: os.fsencode(entry[0]))
+        mode + b" " + name.rstrip(b"/") + b"\0" + bytes.fromhex(object_id)
+        for name, mode, object_id in sorted(entries)
     )
     return _object_id(b"tree", b"".join(lines))
 
 
 def _object_id(kind: bytes, content: bytes) -> str:
-    return hashlib.sha1(kind + b" %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    header = kind + b" %d\0" % len(content)
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
 
 
-def _source(source: str) -> str:
-    """What git is given for a URL or a path."""
+def _resolve(source: str) -> str:
+    """Return a URL as it is, and the absolute path of a local source."""
     local = Path(source).expanduser()
     return str(local.resolve()) if local.exists() else source
 
 
-def _git(directory: Path, places: dict[str, Path]) -> Callable[..., str]:
-    """Return what runs git in a directory with these GIT_… variables."""
+class _GitFailed(EnvironmentProblem):
+    """A git command failed. The message is git's."""
+
+
+def _git(directory: Path, variables: dict[str, Path]) -> Callable[..., str]:
+    """Return a function that runs git in a directory with additional environment variables."""
     try:
-        import git  # its import runs git
+        import git  # this import runs git
     except ImportError:
-        raise EnvironmentLacks("git is not installed; install it, for example apt-get install git") from None
+        raise EnvironmentProblem(
+            "git is not installed; install it, for example apt-get install git"
+        ) from None
     repository = git.Git(directory)
-    end_with_us = functools.partial(process.die_with_parent, os.getpid())
-    repository.update_environment(**_GIT_ENVIRONMENT, **{k: str(v) for k, v in places.items()})
+    die_with_us = functools.partial(subprocesses.die_with_parent, os.getpid())
+    paths_as_text = {name: str(path) for name, path in variables.items()}
+    repository.update_environment(**_GIT_ENVIRONMENT, **paths_as_text)
 
     def run(*arguments: str, timeout: float = FETCH_TIMEOUT) -> str:
         try:
-            argv = ["git", *_GIT_OPTIONS, *arguments]
-            return str(repository.execute(argv, kill_after_timeout=timeout, preexec_fn=end_with_us))
+            argv = [*_GIT, *arguments]
+            output = repository.execute(argv, kill_after_timeout=timeout, preexec_fn=die_with_us)
+            return str(output)
         except git.GitCommandError as error:
-            said = re.search(r"\b(?:fatal|error): (.+)", str(error.stderr or error))
-            raise _Failed(said[1].strip(" '") if said else "no answer") from None
+            message = re.search(r"\b(?:fatal|error): (.+)", str(error.stderr or error))
+            raise _GitFailed(message[1].strip(" '") if message else "no answer") from None
 
     return run
 
 
-class _Failed(EnvironmentLacks):
-    """git failed; its own last word on it. Where nothing better is known, that is what a user is told."""
-
-
-def _reach(run: Callable[..., str], source: str) -> None:
+def _refuse_unreachable(run: Callable[..., str], source: str) -> None:
     try:
         run("ls-remote", "--", source, timeout=ANSWER_TIMEOUT)
-    except _Failed as error:
-        raise EnvironmentLacks(
-            f"google-research/electra cannot be reached at {source} ({error}); "
-            "with a local clone, mirror or bundle of it: --upstream PATH"
+    except _GitFailed as error:
+        raise EnvironmentProblem(
+            f"google-research/electra cannot be reached at {source} ({error}); give a local clone, "
+            "mirror or bundle of it with --upstream PATH, or do without it: --set engine=native"
         ) from None
 
 
 def _fetch(pin: Pin, source: str) -> None:
-    """Fetch, verify, patch and verify in a temporary directory, then move it into place."""
-    source = _source(source)
-    for left in pin.directory.parent.glob(".fetch-*"):  # by somebody who was killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=pin.directory.parent, prefix=".fetch-") as temporary:
+    """Fetch, verify, patch and verify in a temporary directory, then rename it."""
+    vendor = pin.directory.parent
+    for abandoned in vendor.glob(".fetch-*"):  # by a process that was killed
+        shutil.rmtree(abandoned)
+    with tempfile.TemporaryDirectory(dir=vendor, prefix=".fetch-") as temporary:
         work = Path(temporary) / "electra"
         work.mkdir()
-        # Named, so that a GIT_DIR of the caller's (in a git hook, say) does not lead elsewhere.
-        places = {"GIT_DIR": work / ".git", "GIT_WORK_TREE": work, "GIT_INDEX_FILE": work / ".git" / "index"}
-        run = _git(work, places)
+        # Set, so that the caller's GIT_DIR (in a git hook, say) has no effect.
+        git_directory = work / ".git"
+        variables = {
+            "GIT_DIR": git_directory,
+            "GIT_WORK_TREE": work,
+            "GIT_INDEX_FILE": git_directory / "index",
+        }
+        run = _git(work, variables)
         run("init", "--quiet", "--template=")
-        _reach(run, source)
-        try:
-            run("fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
-        except _Failed:
-            # A bundle has no shallow history, and some servers give no commit by its id: take what they have.
-            with contextlib.suppress(_Failed):
-                run("fetch", "--quiet", "--no-tags", "--", source, "+refs/*:refs/upstream/*")
-        try:
-            run("checkout", "--quiet", "--detach", pin.commit)
-            tree = run("rev-parse", "HEAD^{tree}")
-        except _Failed as error:
-            raise EnvironmentLacks(
-                f"{source} does not give commit {pin.commit[:12]} ({error}); use a complete copy of {pin.url}"
-            ) from None
-        if tree != pin.tree:
-            raise EnvironmentLacks(
-                f"{source}: commit {pin.commit[:12]} has tree {tree[:12]}, pinned is {pin.tree[:12]}; use another copy"
-            )
+        _refuse_unreachable(run, source)
+        _check_out(run, pin, source)
         for patch in sorted(paths.PATCHES.glob("*.patch")):
             try:
                 run("apply", "--unidiff-zero", "--whitespace=nowarn", str(patch))
-            except _Failed as error:
-                raise EnvironmentLacks(f"{patch.name} does not apply ({error}); restore patches/") from None
-        shutil.rmtree(work / ".git")
+            except _GitFailed as error:
+                message = f"{patch.name} does not apply ({error}); restore patches/"
+                raise EnvironmentProblem(message) from None
+        shutil.rmtree(git_directory)
         patched = hash_tree(work)
         if patched != pin.patched_tree:
-            raise EnvironmentLacks(
-                f"the patches give tree {patched[:12]}, {paths.LOCK_FILE.name} says {pin.patched_tree[:12]}; "
-                "restore patches/ and vendor/"
+            raise EnvironmentProblem(
+                f"the patches give tree {patched[:12]}, {paths.LOCK_FILE.name} says "
+                f"{pin.patched_tree[:12]}; restore patches/ and vendor/"
             )
         work.rename(pin.directory)
+
+
+def _check_out(run: Callable[..., str], pin: Pin, source: str) -> None:
+    """Fetch and check out the pinned commit. EnvironmentProblem if its tree is not the pinned."""
+    try:
+        run("fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
+    except _GitFailed:
+        # Bundles have no shallow history, and some servers refuse to send a commit by its id.
+        with contextlib.suppress(_GitFailed):
+            run("fetch", "--quiet", "--no-tags", "--", source, "+refs/*:refs/upstream/*")
+    commit = pin.commit[:12]
+    try:
+        run("checkout", "--quiet", "--detach", pin.commit)
+        tree = run("rev-parse", "HEAD^{tree}")
+    except _GitFailed as error:
+        message = f"{source} does not give commit {commit} ({error})"
+        raise EnvironmentProblem(f"{message}; use a complete copy of {pin.url}") from None
+    if tree != pin.tree:
+        raise EnvironmentProblem(
+            f"{source}: commit {commit} has tree {tree[:12]}, pinned is {pin.tree[:12]}; use "
+            "another copy"
+        )

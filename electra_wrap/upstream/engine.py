@@ -1,7 +1,4 @@
-"""The upstream engine: what stages.py asks of an engine, done by google-research/electra's two scripts.
-
-They run as subprocesses: their arguments, their environment, and what their output says are here.
-"""
+"""The engine that runs google-research/electra's own scripts as child processes."""
 
 from __future__ import annotations
 
@@ -9,218 +6,264 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from electra_wrap import corpus, metrics, process, vocab
+from electra_wrap import files, packages, subprocesses
+from electra_wrap.data.tfrecords import RECORD_GLOB
+from electra_wrap.engine import Checkpoint, OnEvent
 from electra_wrap.errors import UsageError
-from electra_wrap.native import engine as native
 from electra_wrap.profile import NETWORKS
-from electra_wrap.progress import say
-from electra_wrap.rundir import finish, link, remove, write_json, write_sums, write_text
+from electra_wrap.progress import warn
+from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
+from electra_wrap.upstream.hparams import hparams
 
-if TYPE_CHECKING:
-    from electra_wrap.stages import Run
+NAME = "upstream"
+CREDIT = (
+    "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
+)
+NO_GPU = "TensorFlow sees none; install electra-wrap[gpu] and the NVIDIA driver"
+EXAMPLES = ("pretrain_tfrecords", "heldout_tfrecords")
 
-#: The stage that makes training data, its outputs (training, held out), and the packages behind each stage.
-DATA, OUTPUTS = "tfrecords", ("pretrain_tfrecords", "heldout_tfrecords")
-PACKAGES = {DATA: (), "train": ("tensorflow",), "convert": ("tensorflow", "safetensors")}
-
-#: Text for each record file. Upstream's 1000 files are for a corpus of gigabytes; training mixes the files.
+#: Text per record file. Upstream's 1000 files are for gigabytes of text; training mixes the files.
 BYTES_PER_RECORD_FILE = 2**20
-
-#: The module that lists GPUs, and what to say where there is none.
-GPUS, NO_GPU = "electra_wrap.upstream.gpus", "TensorFlow sees none; install electra-wrap[gpu] and the NVIDIA driver"
-
-#: What trained a model, in its model card.
-CREDIT = "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
+MAX_RECORD_FILES = 1000
 
 
-def versions() -> dict[str, str]:
-    """What of the engine, other than packages, its results depend on."""
+def versions(stage: str) -> dict[str, str]:
+    """Return the packages and pins on which `examples`, `train` or `convert` depends."""
+    if stage == "convert":
+        return packages.versions("tensorflow", "safetensors")
     pin = checkout.Pin.read()
-    return {"upstream": pin.commit, "patched upstream": pin.patched_tree}
+    pins = {"upstream": pin.commit, "patched upstream": pin.patched_tree}
+    return pins if stage == "examples" else packages.versions("tensorflow") | pins
 
 
-def precision(wanted: str, gpus: Sequence[str]) -> str:
-    """The precision of products: the profile's, where `auto` is what the scripts do."""
-    return "float32" if wanted == "auto" else wanted
+def devices() -> list[str]:
+    """Return the names of the GPUs that TensorFlow sees."""
+    names: list[str] = subprocesses.call("electra_wrap.upstream.gpus", "names", {})
+    return names
+
+
+def precision(requested: str, devices: Sequence[str]) -> str:
+    """Return the precision of matrix products. The scripts' own is float32."""
+    return "float32" if requested == "auto" else requested
 
 
 def prepare(run: Run) -> None:
-    """Fetch, verify and patch upstream, before hours of other work. EnvironmentLacks if that cannot be."""
+    """Fetch, verify and patch upstream. UsageError if the run has a launcher."""
+    if run.launch:
+        raise UsageError('--launch is for engine = "native"; leave it out, or set that engine')
     checkout.ensure(run.upstream)
 
 
-def record_files(text_bytes: int) -> int:
-    """Number of record files that fit so much text: about one for each MiB, at most 1000."""
-    return min(1000, max(1, text_bytes // BYTES_PER_RECORD_FILE))
+def build_examples(
+    run: Run, text: Path, parts: Path, jobs: dict[str, Any], log: Path, on_event: OnEvent
+) -> None:
+    """Build one part of the records under `parts` for each shard of `text`.
 
-
-def build(run: Run, text: Path, out: Path, jobs: dict[str, Any], log: Path, on_line: Callable[[str], None]) -> None:
-    """Build parts of the records of `text`, a shard each, under `out`; `jobs` are the keywords of `parts.build`."""
-    shards = list(text.iterdir())
-    files = record_files(sum(path.stat().st_size for path in shards))
-    keys = run.profile.tokenizer
+    `jobs` are keyword arguments of `parts.build`.
+    """
+    shards = len(list(text.iterdir()))
+    files_per_shard = max(1, round(_record_files(text) / shards))
+    profile = run.profile
     arguments = [
         f"--corpus-dir={text}",
         f"--vocab-file={run.vocabulary}",
-        f"--output-dir={out}",
-        f"--max-seq-length={run.profile.model.max_seq_length}",
-        f"--num-processes={len(shards)}",
-        f"--num-out-files={len(shards) * max(1, round(files / len(shards)))}",
-        f"--blanks-separate-docs={run.profile.corpus.blank_lines_separate_documents}",
-        f"--seed={run.profile.train.seed}",
+        f"--output-dir={parts}",
+        f"--max-seq-length={profile.model.max_seq_length}",
+        f"--num-processes={shards}",
+        f"--num-out-files={shards * files_per_shard}",
+        f"--blanks-separate-docs={profile.corpus.blank_lines_separate_documents}",
+        f"--seed={profile.train.seed}",
         f"--jobs={json.dumps(jobs)}",
-        "--do-lower-case" if keys.lowercase else "--no-lower-case",
-        "--do-strip-accents" if keys.strip_accents else "--no-strip-accents",
+        "--do-lower-case" if profile.tokenizer.lowercase else "--no-lower-case",
+        "--do-strip-accents" if profile.tokenizer.strip_accents else "--no-strip-accents",
     ]
-    script(run, "build_pretraining_dataset.py", arguments, {}, log, on_line)
+    _run_script(run, "build_pretraining_dataset.py", arguments, {}, log, on_event)
 
 
-def bytes_per_token(vocab_size: int) -> float:
-    """Bytes that a token takes in the parts and in what is made of them, which is links or small."""
-    return 5.2
+def _record_files(text: Path) -> int:
+    """Return the number of record files for the shards in a directory."""
+    size = sum(shard.stat().st_size for shard in text.iterdir())
+    return min(MAX_RECORD_FILES, max(1, size // BYTES_PER_RECORD_FILE))
 
 
-def join(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
-    """Fill `out` with the records of the parts of `text`: the same files, or where those are small, fewer."""
-    wanted = record_files(sum(path.stat().st_size for path in text.iterdir()))
-    if wanted >= len(parts):
-        for file in (file for part in parts for file in part.glob(corpus.RECORDS)):
-            link(file, out / file.name)
+def join_examples(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
+    """Fill the directory `out` with the records of all parts.
+
+    The files are links to those of the parts. Small parts are joined to fewer files.
+    """
+    number = _record_files(text)
+    if number >= len(parts):
+        for part in parts:
+            for path in part.glob(RECORD_GLOB):
+                files.link_or_copy(path, out / path.name)
         return
-    for number in range(wanted):
-        with (out / f"pretrain_data.tfrecord-{number}-of-{wanted}").open("wb") as target:
-            for file in (file for part in parts[number::wanted] for file in sorted(part.glob(corpus.RECORDS))):
-                with file.open("rb") as source:
+    for n in range(number):
+        paths = [path for part in parts[n::number] for path in sorted(part.glob(RECORD_GLOB))]
+        with (out / f"pretrain_data.tfrecord-{n}-of-{number}").open("wb") as target:
+            for path in paths:
+                with path.open("rb") as source:
                     shutil.copyfileobj(source, target, 2**20)
 
 
-def take(run: Run, records: Path, out: Path) -> int:
-    """Take records that were made elsewhere as they are, if they fit; return the number of examples."""
-    number = native.take(run, records, None)
-    shutil.copytree(records, out)
-    return number
+def import_records(run: Run, records: Path, out: Path) -> int:
+    """Copy records to the directory `out`; return the number of examples.
 
-
-def train(run: Run, gpus: Sequence[str], on_scalars: Callable[[dict[str, Any]], None]) -> None:
-    """Train until the profile's last step; `on_scalars` gets what logged steps and evaluations gave.
-
-    The script either trains or evaluates, so it is started anew after each evaluation.
+    UsageError if they do not fit the profile.
     """
-    if run.launch:
-        raise UsageError('--launch is for engine = "native"; the scripts know one process')
-    start, last = max(steps(run.model_dir), default=0), run.profile.train.steps
-    every = run.profile.train.evaluate_every or last
-    if every < last and every * run.profile.train.batch_size < run.recorded(DATA)["facts"]["examples"]:
-        say(
-            "train: warning: upstream's script begins to read its records anew after each evaluation, before it has "
-            "read them all; raise train.evaluate_every"
-        )
-    for stop in (*range(start + every - start % every, last, every), last):
-        _train(run, gpus, stop, on_scalars)
-        if stop < last:
-            evaluate(run, gpus, stop, on_scalars)
-
-
-def _train(run: Run, gpus: Sequence[str], stop: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
-    remove(run.model_dir / "checkpoint")  # TensorFlow's own list of what is there, which may be another by now
-    if found := steps(run.model_dir):
-        names = [f'all_model_checkpoint_paths: "model.ckpt-{step}"\n' for step in found]
-        text = f'model_checkpoint_path: "model.ckpt-{found[-1]}"\n{"".join(names)}'
-        write_text(run.model_dir / "checkpoint", text)
-    write_json(run.directory / "hparams.json", run.hparams())
-    _pretraining(run, gpus, run.directory / "hparams.json", {"stop": stop}, run.log("train"), on_scalars)
-
-
-def evaluate(run: Run, gpus: Sequence[str], step: int, on_scalars: Callable[[dict[str, Any]], None]) -> None:
-    """Evaluate a checkpoint on the held-out records with the script's `do_eval`; `on_scalars` gets the metrics."""
-    examples = run.recorded(DATA)["facts"]["held_out_examples"]
-    size = min(run.profile.train.batch_size, examples)
-    hparams = run.hparams() | {
-        **{"do_train": False, "do_eval": True, "eval_batch_size": size, "num_eval_steps": examples // size},
-        "pretrain_tfrecords": str(run.directory / OUTPUTS[1] / corpus.RECORDS),
+    arguments = {
+        "directory": str(records),
+        "length": run.profile.model.max_seq_length,
+        "vocab_size": run.vocab_size,
     }
-    path = run.directory / "logs" / "evaluate.hparams.json"
-    write_json(path, hparams)
-    checkpoint = str(run.model_dir / f"model.ckpt-{step}")
-    _pretraining(run, gpus, path, {"checkpoint": checkpoint}, run.log("evaluate"), on_scalars)
+    log = run.log_file("examples")
+    examples = subprocesses.call(
+        "electra_wrap.data.tfrecords", "count_examples", arguments, log=log
+    )
+    shutil.copytree(records, out, dirs_exist_ok=True)
+    return int(examples)
 
 
-def _pretraining(
+def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
+    """Train to the profile's last step, and evaluate every `train.evaluate_every` steps before it.
+
+    The script either trains or evaluates, so it is started again after each evaluation.
+    """
+    settings, examples = run.profile.train, run.results(run.examples_record)
+    last = every = settings.steps
+    if settings.evaluate_every and examples["held_out_examples"] > 0:
+        every = settings.evaluate_every
+        if every < last and every * settings.batch_size < examples["examples"]:
+            warn(
+                "train: upstream's script starts reading its records anew after each evaluation, "
+                "before it has read them all; raise train.evaluate_every"
+            )
+    start = max((checkpoint.step for checkpoint in checkpoints(run.model_dir)), default=0)
+    for step in range(start + every - start % every, last, every):
+        _train_until(run, step, devices, on_event)
+        evaluate(run, Checkpoint(NAME, step, run.model_dir), devices, on_event)
+    _train_until(run, last, devices, on_event)
+
+
+def _train_until(run: Run, step: int, devices: Sequence[str], on_event: OnEvent) -> None:
+    # TensorFlow continues from the checkpoints in this list, which may be outdated.
+    files.remove(run.model_dir / "checkpoint")
+    if names := [_prefix(checkpoint).name for checkpoint in checkpoints(run.model_dir)]:
+        lines = [f'model_checkpoint_path: "{names[-1]}"\n']
+        lines += [f'all_model_checkpoint_paths: "{name}"\n' for name in names]
+        files.write_text(run.model_dir / "checkpoint", "".join(lines))
+    path, log = run.directory / "hparams.json", run.log_file("train")
+    files.write_json(path, hparams(run.profile, run.vocab_size))
+    _run_pretraining(run, path, {"stop": step}, devices, log, on_event)
+
+
+def evaluate(run: Run, checkpoint: Checkpoint, devices: Sequence[str], on_event: OnEvent) -> None:
+    """Evaluate a checkpoint on the held-out records with the script's `do_eval`."""
+    examples = run.results(run.examples_record)["held_out_examples"]
+    batch_size = min(run.profile.train.batch_size, examples)
+    values = hparams(run.profile, run.vocab_size) | {
+        "do_train": False,
+        "do_eval": True,
+        "eval_batch_size": batch_size,
+        "num_eval_steps": examples // batch_size,
+        "pretrain_tfrecords": str(run.directory / EXAMPLES[1] / RECORD_GLOB),
+    }
+    path, log = run.directory / "logs" / "evaluate.hparams.json", run.log_file("evaluate")
+    files.write_json(path, values)
+    runtime = {"checkpoint": str(_prefix(checkpoint))}
+    _run_pretraining(run, path, runtime, devices, log, on_event)
+
+
+def _run_pretraining(
     run: Run,
-    gpus: Sequence[str],
-    hparams: Path,
-    more: dict[str, Any],
+    hparams_file: Path,
+    runtime: dict[str, Any],
+    devices: Sequence[str],
     log: Path,
-    on_scalars: Callable[[dict[str, Any]], None],
+    on_event: OnEvent,
 ) -> None:
-    """Run run_pretraining.py; `more` is for estimator.py alone."""
-    keys = run.profile.train
-    xla = keys.compile is True
-    environment = {
-        # What the scripts have no argument for: estimator.py reads it.
-        "ELECTRA_WRAP_RUNTIME": json.dumps({"seed": keys.seed, "precision": keys.precision, "xla": xla, **more}),
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": "-1"}),
-        # XLA compiles for the CPU only when told so here.
-        **({"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit"} if xla and not gpus else {}),
-    }
-    arguments = [f"--data-dir={run.directory.path}", f"--model-name={run.profile.model_name}", f"--hparams={hparams}"]
-    script(run, "run_pretraining.py", arguments, environment, log, metrics.follow(on_scalars))
+    """Run run_pretraining.py. `runtime` has what it has no argument for, for estimator.py."""
+    settings = run.profile.train
+    xla = settings.compile is True
+    runtime = {"seed": settings.seed, "precision": settings.precision, "xla": xla, **runtime}
+    env = {"ELECTRA_WRAP_RUNTIME": json.dumps(runtime)}
+    if not devices:
+        env["CUDA_VISIBLE_DEVICES"] = "-1"
+        if xla:  # XLA does not compile for the CPU without this flag
+            env["TF_XLA_FLAGS"] = "--tf_xla_cpu_global_jit"
+    arguments = [
+        f"--data-dir={run.directory}",
+        f"--model-name={run.profile.model_name}",
+        f"--hparams={hparams_file}",
+    ]
+    _run_script(run, "run_pretraining.py", arguments, env, log, on_event)
 
 
-def script(
-    run: Run, name: str, arguments: list[str], extra: dict[str, str], log: Path, on_line: Callable[[str], None]
+def _run_script(
+    run: Run, name: str, arguments: list[str], env: dict[str, str], log: Path, on_event: OnEvent
 ) -> None:
-    """Run one of the scripts, of a checkout that is verified first, with its output in `log`."""
+    """Run a script of a checkout that is verified first."""
     source = checkout.ensure(run.upstream)
     argv = [sys.executable, "-s", str(source / name), *arguments]
-    process.run(argv, cwd=source, env=process.environment(extra), log=log, on_line=on_line)
+    subprocesses.follow(argv, cwd=source, env=env, log=log, on_event=on_event)
 
 
-def steps(model_dir: Path) -> list[int]:
-    """Steps that have a checkpoint, in order."""
-    return sorted(int(m[1]) for p in model_dir.glob("model.ckpt-*") if (m := re.fullmatch(r".*-(\d+)\.index", p.name)))
+def checkpoints(directory: Path) -> list[Checkpoint]:
+    """Return the checkpoints in a directory, in the order of their steps."""
+    names = (re.fullmatch(r"model\.ckpt-(\d+)\.index", path.name) for path in directory.glob("*"))
+    steps = sorted(int(match[1]) for match in names if match)
+    return [Checkpoint(NAME, step, directory) for step in steps]
 
 
-def sums(model_dir: Path, step: int) -> Path:
-    """The file that has the digests of a checkpoint's files (estimator.py writes it)."""
-    return model_dir / f"model.ckpt-{step}.sha256"
+def _prefix(checkpoint: Checkpoint) -> Path:
+    return checkpoint.directory / f"model.ckpt-{checkpoint.step}"
 
 
-def set_aside(run: Run, step: int) -> None:
-    """Give a checkpoint's files names that are no checkpoint's."""
-    for file in (*files(run.model_dir, step), sums(run.model_dir, step)):
-        run.directory.set_aside(file)
+def checksums(checkpoint: Checkpoint) -> Path:
+    """Return the file with the checksums of a checkpoint's files, which estimator.py writes."""
+    return checkpoint.directory / f"model.ckpt-{checkpoint.step}.sha256"
 
 
-def files(model_dir: Path, step: int) -> list[Path]:
-    """The files of a checkpoint."""
-    return [model_dir / f"model.ckpt-{step}.{part}" for part in ("index", "data-00000-of-00001")]
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of a checkpoint."""
+    prefix = _prefix(checkpoint)
+    return [prefix.with_name(f"{prefix.name}.{part}") for part in ("index", "data-00000-of-00001")]
 
 
-def export(run: Run, model_dir: Path, step: int, out: Path, *, slots: bool = False) -> dict[str, Any]:
-    """Write `out`/discriminator and `out`/generator as transformers loads them; `slots`: with Adam's, for training."""
-    size = len(vocab.read(run.vocabulary))
-    job = {
-        "task": "convert",
-        "checkpoint": str(model_dir / f"model.ckpt-{step}"),
+def archive(checkpoint: Checkpoint) -> None:
+    """Rename a checkpoint's files so that it is no longer discovered."""
+    for path in (*weight_files(checkpoint), checksums(checkpoint)):
+        files.archive(path)
+
+
+def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = False) -> None:
+    """Write `out`/discriminator and `out`/generator for transformers.
+
+    With `optimizer`, Adam's slots are written beside each model.
+    """
+    arguments = {
+        "checkpoint": str(_prefix(checkpoint)),
         "out": str(out),
-        "slots": slots,
-        "expected": {network: run.profile.hf_config(network, size) for network in NETWORKS},
+        "slots": optimizer,
+        "expected": {n: run.profile.hf_config(n, run.vocab_size) for n in NETWORKS},
     }
-    return {"variables": process.call("electra_wrap.weights", job, log=run.log("convert"))["variables"]}
+    log = run.log_file("convert")
+    subprocesses.call("electra_wrap.weights", "to_transformers", arguments, log=log)
 
 
-def adopt(run: Run, step: int, exported: Path) -> None:
-    """Make a checkpoint of what another engine exported with slots, from which `train` goes on."""
-    made = exported / "checkpoint"
-    networks: dict[str, str] = {network: str(exported / network) for network in NETWORKS}
-    job = {"task": "convert_back", "step": step, "out": str(made), **networks}
-    process.call("electra_wrap.weights", job, log=run.log("train"))
-    for file in files(made, step):
-        finish(file, run.model_dir / file.name)
-    write_sums(sums(run.model_dir, step), files(run.model_dir, step))
+def import_checkpoint(run: Run, exported: Path, step: int) -> None:
+    """Make a checkpoint from the directory that another engine's `export` wrote."""
+    converted = exported / "checkpoint"
+    converted.mkdir()
+    arguments: dict[str, Any] = {network: str(exported / network) for network in NETWORKS}
+    arguments |= {"out": str(converted), "step": step}
+    log = run.log_file("train")
+    subprocesses.call("electra_wrap.weights", "to_tensorflow", arguments, log=log)
+    imported = Checkpoint(NAME, step, run.model_dir)
+    for path in weight_files(imported):
+        files.move_into_place(converted / path.name, path)
+    files.write_checksums(checksums(imported), weight_files(imported))

@@ -1,8 +1,8 @@
-"""Run as a module: which GPUs TensorFlow sees."""
+"""List the GPUs that TensorFlow sees. Run as a module (`subprocesses.call`)."""
 
 from __future__ import annotations
 
-from electra_wrap import process
+from electra_wrap import subprocesses
 
 
 def names() -> list[str]:
@@ -15,4 +15,4 @@ def names() -> list[str]:
 
 
 if __name__ == "__main__":
-    process.serve(names)
+    subprocesses.serve(names)

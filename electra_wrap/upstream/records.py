@@ -1,8 +1,8 @@
-"""What the patched build_pretraining_dataset.py uses in place of TensorFlow: files, records, and words remembered.
+"""What the patched build_pretraining_dataset.py uses in place of TensorFlow and its tokenizer.
 
-The script needs TensorFlow for opening files and for writing `tf.train.Example`, and pays for it with seconds of
-import and most of the time that an example takes. Here are the few names of it that the script and the two modules
-it imports ask for, and the memory of words. The records are the same, byte for byte.
+The script needs TensorFlow only to open files and to write `tf.train.Example`, which costs seconds
+of import and most of an example's time. This module has the few names that the script and the
+modules it imports use, and a cache of tokenized words. The records are the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import os
 import re
 import shutil
 import string
-import struct
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import google_crc32c
+from electra_wrap.data import parts, tfrecords
+from electra_wrap.data.vocab import WordCache
 
-from electra_wrap import parts
-from electra_wrap.vocab import Words
-
-#: A character that cased text keeps as it is: no control, no space, none of a script that is split by character.
+# The tokenizer keeps these characters of cased text as they are: no control characters, no
+# whitespace, and no scripts that it splits by character.
 _KEPT = "".join(c for c in map(chr, range(0x250)) if unicodedata.category(c)[0] not in "CZ")
 _PUNCTUATION = string.punctuation + "".join(c for c in _KEPT if unicodedata.category(c)[0] == "P")
 _PLAIN = re.compile(f"[{re.escape(_KEPT)}]+")
@@ -33,22 +31,23 @@ _PIECES = re.compile(f"[{re.escape(_PUNCTUATION)}]|[^{re.escape(_PUNCTUATION)}]+
 
 
 class TokenIds:
-    """A tokenizer of upstream's as a function of lines, which tokenizes each space-separated word once.
+    """Upstream's tokenizer as a function of lines that tokenizes each distinct word once.
 
-    That is the same: upstream treats each character, and then each word between spaces, by itself.
+    The result is the same: upstream handles every character, and then every word between spaces,
+    without its context.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.vocab: dict[str, int] = tokenizer.vocab
         self._basic = tokenizer.basic_tokenizer
         wordpieces = tokenizer.wordpiece_tokenizer.tokenize
-        self._pieces = Words(lambda piece: [self.vocab[token] for token in wordpieces(piece)])
-        self._words = Words(self._word)
+        self._pieces = WordCache(lambda piece: [self.vocab[token] for token in wordpieces(piece)])
+        self._words = WordCache(self._word_ids)
 
     def __call__(self, line: str) -> list[int]:
         return self._words.ids(line)
 
-    def _word(self, word: str) -> list[int]:
+    def _word_ids(self, word: str) -> list[int]:
         plain = not self._basic.do_lower_case and _PLAIN.fullmatch(word)
         ids: list[int] = []
         for piece in _PIECES.findall(word) if plain else self._basic.tokenize(word):
@@ -57,16 +56,25 @@ class TokenIds:
 
 
 class Example:
-    """A `tf.train.Example` of ids, mask and segments, as bytes: https://protobuf.dev/programming-guides/encoding."""
+    """A serialized `tf.train.Example` (https://protobuf.dev/programming-guides/encoding).
 
-    def __init__(self, vocab: dict[str, int], first: list[int], second: list[int], length: int) -> None:
-        """`first` and `second` are the segments' ids, without special tokens; `length` is that of a whole example."""
-        ids = [vocab["[CLS]"], *first, vocab["[SEP]"], *([*second, vocab["[SEP]"]] if second else [])]
-        ones, zeros = len(ids), bytes(length - len(ids))
+    `first` and `second` are the ids of the segments without special tokens. The example's ids, mask
+    and segment ids are padded to `length`.
+    """
+
+    def __init__(
+        self, vocab: dict[str, int], first: list[int], second: list[int], length: int
+    ) -> None:
+        ids = [vocab["[CLS]"], *first, vocab["[SEP]"]]
+        if second:
+            ids += [*second, vocab["[SEP]"]]
+        padding = bytes(length - len(ids))
+        first_size = len(first) + 2
+        second_size = len(ids) - first_size
         self._bytes = _message(
-            _feature(b"input_ids", b"".join(map(_varint, ids)) + zeros)
-            + _feature(b"input_mask", b"\1" * ones + zeros)
-            + _feature(b"segment_ids", bytes(len(first) + 2) + b"\1" * (ones - len(first) - 2) + zeros)
+            _feature(b"input_ids", b"".join(map(_varint, ids)) + padding)
+            + _feature(b"input_mask", b"\1" * len(ids) + padding)
+            + _feature(b"segment_ids", bytes(first_size) + b"\1" * second_size + padding)
         )
 
     def SerializeToString(self, deterministic: bool) -> bytes:
@@ -75,59 +83,38 @@ class Example:
 
 @functools.cache
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, least first; the high bit says that more follow."""
-    out = bytearray()
+    """Encode 7 bits per byte, least significant first; the high bit is set if more follow."""
+    encoded = bytearray()
     while value > 127:
-        out.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    return bytes((*out, value))
+    return bytes((*encoded, value))
 
 
 def _message(content: bytes, field: int = 1) -> bytes:
-    """A field that has a message, a string or packed numbers: its number and wire type 2, its length, it."""
+    """Encode a field of wire type 2 (message, string, packed numbers): its tag, length, content."""
     return b"%c%b%b" % (field << 3 | 2, _varint(len(content)), content)
 
 
 def _feature(name: bytes, values: bytes) -> bytes:
-    """An entry of `Features.feature`: the name, and a Feature whose field 3 is an Int64List of packed varints."""
+    """Encode an entry of `Features.feature`: a name, and a Feature with an Int64List (field 3)."""
     return _message(_message(name) + _message(_message(_message(values), 3), 2))
 
 
-class RecordWriter:
-    """Writes a TFRecord file: of each record its length, a checksum of that, itself, and a checksum of it."""
-
-    def __init__(self, path: str) -> None:
-        self._file = Path(path).open("wb")  # noqa: SIM115 - closed by `close`, as upstream's own
-
-    def write(self, record: bytes) -> None:
-        length = struct.pack("<Q", len(record))
-        self._file.write(length + _checksum(length) + record + _checksum(record))
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _checksum(content: bytes) -> bytes:
-    """CRC-32C, masked as TFRecord files have it: rotated, and a constant added (tensorflow/core/lib/hash/crc32c.h)."""
-    crc = google_crc32c.value(content)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
 def _open(path: str, mode: str | None = None) -> IO[Any]:
-    """Open a file as GFile does. What is opened without a mode is the script's text, whose progress is told."""
+    """Open a file as GFile does. The script opens its text, and only that, without a mode."""
     if mode is None:
-        return parts.open_counted(Path(path))
-    return Path(path).open(mode) if "b" in mode else Path(path).open(mode, encoding="utf-8", newline="\n")
+        return parts.open_with_progress(Path(path))
+    if "b" in mode:
+        return Path(path).open(mode)
+    return Path(path).open(mode, encoding="utf-8", newline="\n")
 
 
 class tf:
-    """The part of `tensorflow.compat.v1` that building records needs, for files of this machine."""
+    """The part of `tensorflow.compat.v1` that building records needs, for local files."""
 
     class io:
-        TFRecordWriter = RecordWriter
+        TFRecordWriter = tfrecords.RecordWriter
 
         class gfile:
             GFile = staticmethod(_open)
@@ -137,22 +124,14 @@ class tf:
             rmtree = staticmethod(shutil.rmtree)
 
 
-def count(path: Path) -> int:
-    """Number of records in a TFRecord file: 8 bytes of length, 4 of checksum, the record, 4 of checksum."""
-    number = 0
-    with path.open("rb") as file:
-        while header := file.read(12):
-            file.seek(int.from_bytes(header[:8], "little") + 4, 1)
-            number += 1
-    return number
-
-
-def build(write_examples: Callable[[int, argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Do those of the script's jobs that `--jobs` names (the keywords of `parts.build`), each as a part of its own."""
+def build(
+    write_examples: Callable[[int, argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """Build the parts that `--jobs` names, each by one of the script's jobs."""
 
     def job(number: int, out: Path) -> int:
         out.mkdir()
         write_examples(number, argparse.Namespace(**{**vars(args), "output_dir": str(out)}))
-        return sum(map(count, out.iterdir()))
+        return sum(map(tfrecords.count, out.iterdir()))
 
     parts.build(job, Path(args.output_dir), **json.loads(args.jobs))

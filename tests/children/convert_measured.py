@@ -1,4 +1,4 @@
-"""Convert a checkpoint directory; print seconds without TensorFlow's import, and peak memory over that before it."""
+"""Convert a checkpoint directory; print seconds and peak memory without TensorFlow's import."""
 
 import json
 import re
@@ -11,13 +11,18 @@ import tensorflow  # noqa: F401
 from electra_wrap import weights
 
 
-def peak() -> float:
-    # Not getrusage: its maximum begins with the parent's.
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1e3
+def peak_megabytes() -> float:
+    # getrusage's maximum would start with the parent's.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3
 
 
-before, began = peak(), time.perf_counter()
-weights.convert(sys.argv[1], f"{sys.argv[1]}/hf")
-seconds = time.perf_counter() - began
-facts = {"seconds": round(seconds, 1), "import_mb": round(before), "peak_mb_over_import": round(peak() - before)}
-print(json.dumps(facts))
+directory = sys.argv[1]
+before, started = peak_megabytes(), time.perf_counter()
+weights.to_transformers(weights.find_prefix(directory), f"{directory}/hf")
+results = {
+    "seconds": round(time.perf_counter() - started, 1),
+    "import_mb": round(before),
+    "peak_mb_over_import": round(peak_megabytes() - before),
+}
+print(json.dumps(results))

@@ -4,16 +4,25 @@ import numpy as np
 
 
 def features(given):
-    """Batches, masks and samples of native_steps.py or native_evaluation.py, [steps, n, …], under upstream's names."""
-    inside = np.arange(given["ids"].shape[2]) < given["sizes"][..., None]
+    """Return batches, masks and samples [steps, n, …] under upstream's names.
+
+    `given` is what native_steps.py or native_evaluation.py recorded.
+    """
+    ids, positions, weights = given["ids"], given["positions"], given["weights"]
+    place = np.arange(ids.shape[2])
+    inside = place < given["sizes"][..., None]
+    second = place >= given["first_segment_lengths"][..., None]
     arrays = {
-        "input_ids": given["ids"],
+        "input_ids": ids,
         "input_mask": inside,
-        "segment_ids": inside & (np.arange(given["ids"].shape[2]) >= given["firsts"][..., None]),
-        "masked_lm_positions": given["positions"],
-        "masked_lm_ids": np.take_along_axis(given["ids"], given["positions"], 2) * (given["weights"] > 0),
-        "masked_lm_weights": given["weights"],
+        "segment_ids": inside & second,
+        "masked_lm_positions": positions,
+        "masked_lm_ids": np.take_along_axis(ids, positions, 2) * (weights > 0),
+        "masked_lm_weights": weights,
         "masked": given["masked"],
-        "sampled": given["sampled"].reshape(given["positions"].shape),
+        "sampled": given["sampled"].reshape(positions.shape),
     }
-    return {name: value.astype(np.float32 if "weights" in name else np.int32) for name, value in arrays.items()}
+    return {
+        name: value.astype(np.float32 if "weights" in name else np.int32)
+        for name, value in arrays.items()
+    }

@@ -1,8 +1,8 @@
-"""Logits and attention keys of a converted discriminator and generator for the inputs of an .npz.
+"""Write logits and attention keys of a converted discriminator and generator for given inputs.
 
-With a list of mutations, each a list of [network, {parameter: parameter whose value it gets, or null for zeros}]
-on stdin: the largest absolute difference that each mutation makes, as JSON. (What a conversion would write if
-its mapping had those rows wrong.)
+Arguments: DIRECTORY INPUTS.npz OUTPUTS.npz. stdin may have a JSON list of wrong mappings, each
+[network, {parameter: parameter whose value it gets, or null for zeros}]. For each, the largest
+absolute difference that it makes is printed.
 """
 
 import json
@@ -13,16 +13,18 @@ import torch
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 directory, source, target = sys.argv[1:]
-inputs = {
-    name: torch.tensor(value)
-    for name, value in zip(("input_ids", "attention_mask", "token_type_ids"), np.load(source).values(), strict=True)
-}
+names = ("input_ids", "attention_mask", "token_type_ids")
+arrays = np.load(source).values()
+inputs = {name: torch.tensor(value) for name, value in zip(names, arrays, strict=True)}
 
 
-def answer(model):
+def infer(model):
+    """Return logits and keys."""
     keys = []
-    layers = model.electra.encoder.layer
-    hooks = [layer.attention.self.key.register_forward_hook(lambda *a: keys.append(a[2])) for layer in layers]
+    hooks = [
+        layer.attention.self.key.register_forward_hook(lambda *a: keys.append(a[2]))
+        for layer in model.electra.encoder.layer
+    ]
     with torch.no_grad():
         logits = model(**inputs).logits
     for hook in hooks:
@@ -31,11 +33,14 @@ def answer(model):
 
 
 models, results = {}, {}
-for network, model_class in {"discriminator": ElectraForPreTraining, "generator": ElectraForMaskedLM}.items():
+for network, model_class in (
+    ("discriminator", ElectraForPreTraining),
+    ("generator", ElectraForMaskedLM),
+):
     model, report = model_class.from_pretrained(f"{directory}/{network}", output_loading_info=True)
     assert not any(report.values()), report
     models[network] = model.eval()
-    results[network], results[f"{network}_keys"] = (value.numpy() for value in answer(model))
+    results[network], results[f"{network}_keys"] = (value.numpy() for value in infer(model))
 np.savez(target, **results)
 
 differences = []
@@ -45,10 +50,11 @@ for network, changes in json.loads(sys.stdin.read() or "[]"):
     with torch.no_grad():
         for name, other in changes.items():
             parameters[name].copy_(kept[other] if other else torch.zeros_like(kept[name]))
-    found = answer(models[network])
+    changed = infer(models[network])
     with torch.no_grad():
         for name, value in kept.items():
             parameters[name].copy_(value)
     expected = results[network], results[f"{network}_keys"]
-    differences.append(max(float(np.abs(a.numpy() - b).max()) for a, b in zip(found, expected, strict=True)))
+    pairs = zip(changed, expected, strict=True)
+    differences.append(max(float(np.abs(a.numpy() - b).max()) for a, b in pairs))
 print(json.dumps(differences))

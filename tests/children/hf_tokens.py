@@ -1,4 +1,4 @@
-"""Tokens that transformers gives texts, with AutoTokenizer and with ElectraTokenizerFast."""
+"""Tokenize texts with AutoTokenizer and ElectraTokenizerFast."""
 
 import json
 import sys
@@ -6,6 +6,9 @@ import sys
 from transformers import AutoTokenizer, ElectraTokenizerFast
 
 directory, *texts = sys.argv[1:]
-auto, fast = AutoTokenizer.from_pretrained(directory), ElectraTokenizerFast.from_pretrained(directory)
+auto, fast = (
+    AutoTokenizer.from_pretrained(directory),
+    ElectraTokenizerFast.from_pretrained(directory),
+)
 answer = {"auto": [auto.tokenize(t) for t in texts], "fast": [fast.tokenize(t) for t in texts]}
 print(json.dumps({**answer, "max_length": auto.model_max_length}))

@@ -1,6 +1,7 @@
-"""The learning rates that upstream's optimizer uses in steps 0 to 4 of 10, with four of warm-up, at rate 1.
+"""Print the learning rates that upstream's optimizer uses in steps 0 to 4 of 10, as JSON.
 
-A weight with gradient 1, no weight decay, and slots that make Adam's update 1 moves by the learning rate.
+There are four steps of warm-up, at rate 1. A weight with gradient 1, no weight decay, and slots
+that make Adam's update 1 moves by the learning rate.
 """
 
 import json
@@ -34,7 +35,9 @@ def model_fn(features, labels, mode, params):
         def after_run(self, context, values):
             context.session.run(record)
 
-    return tf.estimator.tpu.TPUEstimatorSpec(mode=mode, loss=loss, train_op=train_op, training_hooks=[Hook()])
+    return tf.estimator.tpu.TPUEstimatorSpec(
+        mode=mode, loss=loss, train_op=train_op, training_hooks=[Hook()]
+    )
 
 
 with tempfile.TemporaryDirectory() as directory:
@@ -45,7 +48,9 @@ with tempfile.TemporaryDirectory() as directory:
         keep_checkpoint_max=1,
         tpu_config=tf.estimator.tpu.TPUConfig(iterations_per_loop=100),
     )
-    estimator = tf.estimator.tpu.TPUEstimator(model_fn, config, train_batch_size=1, eval_batch_size=1)
+    estimator = tf.estimator.tpu.TPUEstimator(
+        model_fn, config, train_batch_size=1, eval_batch_size=1
+    )
     estimator.train(lambda params: tf1.data.Dataset.range(10), max_steps=5)
 # Adam's update is m / (sqrt(v) + 1e-6) with m = v = 1, as long as the gradient is 1.
 print(json.dumps([before - after for before, after in zip([0.0, *weights], weights, strict=False)]))

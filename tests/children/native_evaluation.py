@@ -1,29 +1,32 @@
-"""Evaluate a run's checkpoint with the native engine: RUN_DIR STEP OUT. OUT gets the batches, masks and samples."""
+"""Evaluate a checkpoint with the native engine, and record its batches: RUN_DIR CHECKPOINT OUT.
+
+OUT, an .npz file, gets the batches, masks and samples.
+"""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from electra_wrap.native import train
+from electra_wrap.native import evaluate, model
 
-directory, step, out = sys.argv[1:]
-found: dict[str, list[np.ndarray]] = {}
-masked_lm, forward = train.model.masked_lm, train.model.Electra.forward
-
-
-def recorded_masked_lm(*arguments):
-    given = masked_lm(*arguments)
-    found.setdefault("sampled", []).append(given[1].numpy())
-    return given
+directory, checkpoint, out = sys.argv[1:]
+recorded: dict[str, list[np.ndarray]] = {}
+masked_lm, forward = model.masked_lm, model.Electra.forward
 
 
-def recorded_forward(self, batch):
+def recording_masked_lm(*arguments):
+    outputs = masked_lm(*arguments)
+    recorded.setdefault("sampled", []).append(outputs[1].numpy())
+    return outputs
+
+
+def recording_forward(self, batch):
     for name, value in batch.items():
-        found.setdefault(name, []).append(value.numpy())
+        recorded.setdefault(name, []).append(value.numpy())
     return forward(self, batch)
 
 
-train.model.masked_lm, train.model.Electra.forward = recorded_masked_lm, recorded_forward
-train.evaluate(Path(directory), int(step), Path(directory) / "profile.json")
-np.savez(out, **{name: np.stack(values) for name, values in found.items()})
+model.masked_lm, model.Electra.forward = recording_masked_lm, recording_forward
+evaluate.evaluate_checkpoint(Path(directory), Path(checkpoint))
+np.savez(out, **{name: np.stack(values) for name, values in recorded.items()})

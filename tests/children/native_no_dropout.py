@@ -1,4 +1,7 @@
-"""Train as electra_wrap.native.train does, without dropout, which no two divisions of a batch can share."""
+"""Train as electra_wrap.native.train does, without dropout: RUN_DIR.
+
+Dropout differs between two divisions of a batch.
+"""
 
 import sys
 from pathlib import Path
@@ -6,7 +9,7 @@ from pathlib import Path
 from electra_wrap import profile
 from electra_wrap.native import train
 
-with_dropout = profile.hf_config
-off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-profile.hf_config = lambda *arguments: {**with_dropout(*arguments), **off}
+original_config = profile.hf_config
+no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+profile.hf_config = lambda *arguments: original_config(*arguments) | no_dropout
 assert train.train(Path(sys.argv[1]))

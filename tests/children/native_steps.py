@@ -1,7 +1,8 @@
-"""Train a run directory's model with the native engine without dropout; write what another engine needs to follow.
+"""Train a run with the native engine without dropout, and record its steps: RUN_DIR OUT [SAMPLES].
 
-OUT gets end/ (an exchange directory, with slots), gradients.npz of the first step, and steps.npz: batches, masks,
-samples and losses of every step. With a third argument, an .npy, samples are those instead of the generator's.
+OUT gets end/, the last weights and slots in the exchange format; gradients.npz of the first step;
+and steps.npz, the batches, masks, samples and losses of every step. With SAMPLES, an .npy file,
+these replace the generator's samples.
 """
 
 import sys
@@ -9,64 +10,65 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from electra_wrap import profile
-from electra_wrap.native import exchange, train
+from electra_wrap.native import exchange, model, train
 
 directory, out = map(Path, sys.argv[1:3])
-given = iter(np.load(sys.argv[3])) if sys.argv[3:] else None
-found: dict[str, list[np.ndarray]] = {}
-networks = []
+samples = iter(np.load(sys.argv[3])) if sys.argv[3:] else None
+recorded: dict[str, list[np.ndarray]] = {}
+trained = []
 
 
 def record(**arrays):
     for name, value in arrays.items():
-        found.setdefault(name, []).append(np.asarray(value))
+        recorded.setdefault(name, []).append(np.asarray(value))
 
 
-with_dropout = profile.hf_config
-off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-profile.hf_config = lambda *arguments: {**with_dropout(*arguments), **off}
+original_config = profile.hf_config
+no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+profile.hf_config = lambda *arguments: original_config(*arguments) | no_dropout
 
-optimizer, masked_lm, forward = train.model.optimizer, train.model.masked_lm, train.model.Electra.forward
+optimizer, masked_lm, forward = model.optimizer, model.masked_lm, model.Electra.forward
+clip = Accelerator.clip_grad_norm_
 
 
-def recorded_optimizer(network, *arguments):
+def recording_optimizer(network, *arguments):
     adam = optimizer(network, *arguments)
-    networks.append((network, adam))
+    trained.append((network, adam))
     return adam
 
 
-def recorded_masked_lm(*arguments):
+def recording_masked_lm(*arguments):
     loss, sampled, *rest = masked_lm(*arguments)
-    if given is not None:
-        sampled = torch.from_numpy(next(given))
+    if samples is not None:
+        sampled = torch.from_numpy(next(samples))
     record(sampled=sampled)
     return loss, sampled, *rest
 
 
-def recorded_forward(self, batch):
+def recording_forward(self, batch):
     record(**batch)
-    losses = forward(self, batch)
-    record(**{f"{name}_loss": value.detach() for name, value in losses.items()})
-    return losses
+    outputs = forward(self, batch)
+    record(**{f"{name}_loss": outputs[name].detach() for name in ("loss", *profile.NETWORKS)})
+    return outputs
 
 
-clip = train.Accelerator.clip_grad_norm_
-
-
-def recorded_clip(self, *arguments):
-    if "gradients" not in found:
-        network = networks[0][0]
-        names = {f"{n}.{k}": p.grad for n in profile.NETWORKS for k, p in getattr(network, n).named_parameters()}
-        np.savez(out / "gradients.npz", **names)
-        found["gradients"] = []
+def recording_clip(self, *arguments):
+    path = out / "gradients.npz"
+    if not path.exists():
+        gradients = {
+            f"{name}.{key}": parameter.grad
+            for name in profile.NETWORKS
+            for key, parameter in getattr(trained[0][0], name).named_parameters()
+        }
+        np.savez(path, **gradients)
     return clip(self, *arguments)
 
 
-train.model.optimizer, train.model.masked_lm = recorded_optimizer, recorded_masked_lm
-train.model.Electra.forward, train.Accelerator.clip_grad_norm_ = recorded_forward, recorded_clip
+model.optimizer, model.masked_lm = recording_optimizer, recording_masked_lm
+model.Electra.forward, Accelerator.clip_grad_norm_ = recording_forward, recording_clip
 assert train.train(directory)
-del found["gradients"]
-exchange.save(out / "end", *networks[0])
-np.savez(out / "steps.npz", **{name: np.stack(values) for name, values in found.items()})
+exchange.save(out / "end", *trained[0])
+np.savez(out / "steps.npz", **{name: np.stack(values) for name, values in recorded.items()})

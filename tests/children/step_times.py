@@ -1,15 +1,19 @@
-"""Train a run with ENGINE RUN_DIR CHECKOUT; print, besides what training prints, when each step was done."""
+"""Train a run: ENGINE RUN_DIR CHECKOUT. Print what training prints, and when each step ended.
+
+The last line is `times [seconds, …]`, by a monotonic clock.
+"""
 
 import json
 import runpy
 import sys
 import time
+from pathlib import Path
 
 engine, directory, checkout = sys.argv[1:]
 times = []
 
 
-def timed(method, before):
+def timed(method, *, before):
     def call(*arguments):
         if before:
             times.append(time.perf_counter())
@@ -22,11 +26,9 @@ def timed(method, before):
 
 
 if engine == "native":
-    from pathlib import Path
-
     from electra_wrap.native import train
 
-    train._Stop.asked = timed(train._Stop.asked, before=True)
+    train.StopRequest.is_requested = timed(train.StopRequest.is_requested, before=True)
     train.train(Path(directory))
 else:
     import os
@@ -35,9 +37,9 @@ else:
     os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
     from electra_wrap.upstream import estimator
 
-    estimator._Watch.after_run = timed(estimator._Watch.after_run, before=False)
-    profile = json.loads((estimator.Path(directory) / "profile.json").read_text())
-    arguments = [f"--data-dir={directory}", f"--model-name={profile['model_name']}"]
+    estimator._Monitor.after_run = timed(estimator._Monitor.after_run, before=False)
+    model_name = json.loads((Path(directory) / "profile.json").read_text())["model_name"]
+    arguments = [f"--data-dir={directory}", f"--model-name={model_name}"]
     sys.argv = ["run_pretraining.py", *arguments, f"--hparams={directory}/hparams.json"]
     runpy.run_path(f"{checkout}/run_pretraining.py", run_name="__main__")
 print("times", json.dumps(times), flush=True)

@@ -1,4 +1,4 @@
-"""Write a discriminator of one layer with random weights into a directory."""
+"""Write a discriminator of one layer with random weights: DIRECTORY VOCAB_SIZE."""
 
 import sys
 
@@ -19,5 +19,5 @@ config = ElectraConfig(
 model = ElectraForPreTraining(config)
 with torch.no_grad():
     for value in model.parameters():
-        value.add_(torch.randn_like(value) / 20)  # none is at its initial value, biases neither
+        value.add_(torch.randn_like(value) / 20)  # biases and norms are not at their initial values
 model.save_pretrained(directory)

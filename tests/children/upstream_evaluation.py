@@ -1,7 +1,8 @@
-"""Evaluate a checkpoint as run_pretraining.py's `do_eval` does, on given batches, masks and samples; print JSON.
+"""Evaluate a checkpoint with run_pretraining.py's `do_eval` on given batches, masks and samples.
 
-CHECKOUT DATA_DIR MODEL_NAME HPARAMS BATCHES [CHECKPOINT]. It runs with the pin as it is on TensorFlow 1.15, too: what
-is put in place of upstream's functions is where numbers would be random, and the reader of records.
+Arguments: CHECKOUT DATA_DIR MODEL_NAME HPARAMS BATCHES [CHECKPOINT]; prints JSON. Only upstream's
+random functions and its reader of records are replaced, so it also runs with the unpatched pin on
+TensorFlow 1.15.
 """
 
 import json
@@ -27,25 +28,35 @@ with Path(hparams).open() as file:
     config = configure_pretraining.PretrainingConfig(
         model_name,
         data_dir,
-        **dict(json.load(file), do_train=False, do_eval=True, eval_batch_size=size, num_eval_steps=steps),
+        **dict(
+            json.load(file),
+            do_train=False,
+            do_eval=True,
+            eval_batch_size=size,
+            num_eval_steps=steps,
+        ),
     )
 features = {}
 inputs_of = pretrain_data.features_to_inputs
 
 
-def features_to_inputs(found):
-    if "masked" in found:
-        features.update(found)
-    return inputs_of(found)
+def features_to_inputs(batch):
+    if "masked" in batch:
+        features.update(batch)
+    return inputs_of(batch)
+
+
+def read_arrays(params):
+    return tf.data.Dataset.from_tensor_slices(arrays)
 
 
 pretrain_data.features_to_inputs = features_to_inputs
-pretrain_data.get_input_fn = lambda config, is_training: lambda params: tf.data.Dataset.from_tensor_slices(arrays)
+pretrain_data.get_input_fn = lambda config, is_training: read_arrays
 pretrain_helpers.mask = lambda config, inputs, *rest: pretrain_data.get_updated_inputs(
     inputs, input_ids=features["masked"]
 )
 pretrain_helpers.sample_from_softmax = lambda logits, disallow=None: tf.one_hot(
     features["sampled"], config.vocab_size, dtype=tf.float32
 )
-found = run_pretraining.train_or_eval(config)
-print(json.dumps({name: float(value) for name, value in found.items()}))
+results = run_pretraining.train_or_eval(config)
+print(json.dumps({name: float(value) for name, value in results.items()}))

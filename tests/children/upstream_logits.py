@@ -1,4 +1,4 @@
-"""Logits of both networks, by upstream's own graph, from the checkpoint DIRECTORY for the inputs of an .npz."""
+"""Write logits of both networks, by upstream's own graph, from a checkpoint for given inputs."""
 
 import json
 import os
@@ -37,12 +37,17 @@ with tf.variable_scope("generator_predictions"):
     generator_logits = run_pretraining.get_token_logits(
         generator.get_sequence_output(), generator.get_embedding_table(), shape
     )
-discriminator = run_pretraining.build_transformer(config, inputs, False, shape, embedding_size=config.embedding_size)
+discriminator = run_pretraining.build_transformer(
+    config, inputs, False, shape, embedding_size=config.embedding_size
+)
 model = types.SimpleNamespace(_config=config, _bert_config=shape)
-output = run_pretraining.PretrainingModel._get_discriminator_output(model, inputs, discriminator, tf.zeros_like(ids))
+output = run_pretraining.PretrainingModel._get_discriminator_output(
+    model, inputs, discriminator, tf.zeros_like(ids)
+)
 
 with tf.Session() as session:
     tf.train.Saver().restore(session, f"{directory}/model.ckpt-3")
-    # The head gives probabilities; their sigmoid's input are the logits.
-    logits = session.run({"discriminator": output.probs.op.inputs[0], "generator": generator_logits})
+    # The head returns probabilities. The logits are the input of their sigmoid.
+    discriminator_logits = output.probs.op.inputs[0]
+    logits = session.run({"discriminator": discriminator_logits, "generator": generator_logits})
 np.savez(target, **logits)

@@ -1,4 +1,4 @@
-"""Upstream's masking of given sequences, with given positions and coins; writes all that comes of it into an .npz."""
+"""Write the results of upstream's masking of given sequences, with given positions and coins."""
 
 import os
 import sys
@@ -14,18 +14,33 @@ from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
 
 tf = pretrain_helpers.tf
 given = np.load(source)
-ids, inside = given["ids"].astype(np.int32), np.arange(given["ids"].shape[1]) < given["sizes"][:, None]
+ids = given["ids"].astype(np.int32)
+inside = np.arange(ids.shape[1]) < given["sizes"][:, None]
 config = configure_pretraining.PretrainingConfig(
     "m", "x", max_seq_length=ids.shape[1], vocab_file=vocabulary, mask_prob=float(probability)
 )
 logits = []
-tf.random.categorical = lambda found, number, dtype: logits.append(found) or tf.constant(given["positions"], dtype)
+
+
+def categorical(values, number, dtype):
+    logits.append(values)
+    return tf.constant(given["positions"], dtype)
+
+
+tf.random.categorical = categorical
 tf.random.uniform = lambda shape, *rest, **keys: tf.constant(given["coins"], tf.float32)
-inputs = pretrain_data.Inputs(tf.constant(ids), tf.constant(inside, tf.int32), None, None, None, None)
+inputs = pretrain_data.Inputs(
+    tf.constant(ids), tf.constant(inside, tf.int32), None, None, None, None
+)
 masked = pretrain_helpers.mask(config, inputs, config.mask_prob)
 with tf.Session() as session:
-    candidates, *rest = session.run(
-        [logits[0], masked.input_ids, masked.masked_lm_positions, masked.masked_lm_ids, masked.masked_lm_weights]
+    results = session.run(
+        {
+            "candidates": logits[0],
+            "masked": masked.input_ids,
+            "positions": masked.masked_lm_positions,
+            "labels": masked.masked_lm_ids,
+            "weights": masked.masked_lm_weights,
+        }
     )
-names = ("masked", "positions", "labels", "weights")
-np.savez(target, candidates=candidates, **dict(zip(names, rest, strict=True)))
+np.savez(target, **results)

@@ -1,7 +1,7 @@
-"""Repeat the steps of native_steps.py in upstream's graph, with its optimizer, from the checkpoint in MODEL_DIR.
+"""Repeat the steps of native_steps.py in upstream's graph, with its optimizer, from a checkpoint.
 
-Data, masks and samples are those of steps.npz; dropout is off. Writes losses.npz and gradients.npz into OUT, and a
-checkpoint of the last step into MODEL_DIR.
+Data, masks and samples are those of steps.npz; dropout is off. Writes losses.npz and gradients.npz
+into OUT, and a checkpoint of the last step into the model's directory.
 """
 
 import json
@@ -21,7 +21,9 @@ from model import modeling, optimization  # noqa: E402
 from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
 
 tf = run_pretraining.tf
-config = configure_pretraining.PretrainingConfig(model_name, data_dir, **json.loads(Path(hparams).read_text()))
+config = configure_pretraining.PretrainingConfig(
+    model_name, data_dir, **json.loads(Path(hparams).read_text())
+)
 recorded = dict(np.load(steps))
 arrays = given.features(recorded)
 
@@ -40,7 +42,8 @@ clip = optimization.tf.clip_by_global_norm
 
 
 def recorded_clip(gradients, **keys):
-    tensors["gradients"] = dict(zip((v.name[:-2] for v in tf.trainable_variables()), gradients, strict=True))
+    names = (variable.name.removesuffix(":0") for variable in tf.trainable_variables())
+    tensors["gradients"] = dict(zip(names, gradients, strict=True))
     return clip(gradients, **keys)
 
 
@@ -63,14 +66,16 @@ graph._get_discriminator_output = record_loss("discriminator", graph._get_discri
 
 class Record(tf.estimator.SessionRunHook):
     def before_run(self, context):
-        wanted = ["loss", "generator", "discriminator", *(() if losses else ("gradients",))]
-        return tf.estimator.SessionRunArgs({name: tensors[name] for name in wanted})
+        names = ["loss", "generator", "discriminator"]
+        if not losses:  # the first step
+            names.append("gradients")
+        return tf.estimator.SessionRunArgs({name: tensors[name] for name in names})
 
     def after_run(self, context, values):
-        found = values.results
+        results = values.results
         if not losses:
-            np.savez(Path(out) / "gradients.npz", **found["gradients"])
-        losses.append([float(found[name]) for name in ("loss", "generator", "discriminator")])
+            np.savez(Path(out) / "gradients.npz", **results["gradients"])
+        losses.append([float(results[name]) for name in ("loss", "generator", "discriminator")])
 
 
 build = run_pretraining.model_fn_builder(config)
@@ -97,5 +102,7 @@ estimator = tpu.TPUEstimator(
     train_batch_size=config.train_batch_size,
     eval_batch_size=1,
 )
-estimator.train(lambda params: tf.data.Dataset.from_tensor_slices(arrays), max_steps=config.num_train_steps)
+estimator.train(
+    lambda params: tf.data.Dataset.from_tensor_slices(arrays), max_steps=config.num_train_steps
+)
 np.savez(Path(out) / "losses.npz", losses=np.array(losses))

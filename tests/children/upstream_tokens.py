@@ -1,4 +1,7 @@
-"""Upstream's tokenizer as a server: lines of JSON [do_lower_case, strip_accents, texts, words only] in, tokens out."""
+"""Tokenize with upstream's tokenizer.
+
+Reads lines of JSON [do_lower_case, strip_accents, texts, words only]; prints the tokens of each.
+"""
 
 import json
 import sys

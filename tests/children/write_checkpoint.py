@@ -1,4 +1,4 @@
-"""Write the arrays of DIRECTORY/values.npz as the TensorFlow checkpoint DIRECTORY/model.ckpt-3, for each directory."""
+"""Write each DIRECTORY/values.npz as the TensorFlow checkpoint DIRECTORY/model.ckpt-3."""
 
 import sys
 

@@ -1,0 +1,1 @@
+"""What describes a training: scalars, evaluations, model cards and reports."""

@@ -1,0 +1,113 @@
+"""Evaluation on the held-out examples: `python -m electra_wrap.native.evaluate RUN_DIR CHECKPOINT`.
+
+`run` and `evaluate` start it; `train` evaluates in its own processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from electra_wrap import events, metrics
+from electra_wrap.data import vocab
+from electra_wrap.native import exchange, model
+from electra_wrap.native.batches import Batches, Masking
+from electra_wrap.native.engine import EXAMPLES
+from electra_wrap.native.examples import Store
+from electra_wrap.native.setup import make_accelerator, make_network, report_errors, to_device
+from electra_wrap.run import Run
+
+#: TensorBoard's name of each loss.
+LOSSES = {
+    "loss": "loss/total",
+    "generator": "loss/generator",
+    "discriminator": "loss/discriminator",
+}
+
+
+class Accumulator:
+    """Adds up losses and counts over batches, and in the end over processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._losses = torch.zeros(len(LOSSES), device=accelerator.device)
+        self._tally = metrics.Tally()
+
+    def add(self, batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        """Add this process's part of a batch, and what the networks made of it."""
+        self._losses += torch.stack([outputs[name].detach() for name in LOSSES])
+        self._tally.add_generator(
+            outputs["correct"].cpu().numpy(),
+            outputs["sampled_correct"].cpu().numpy(),
+            outputs["masked_losses"].cpu().numpy(),
+            batch["weights"].cpu().numpy(),
+        )
+        logits = outputs["logits"].cpu().numpy()
+        inside = np.arange(logits.shape[1]) < batch["sizes"].cpu().numpy()[:, None]
+        self._tally.add_discriminator(logits, outputs["replaced"].cpu().numpy(), inside)
+
+    def reduce(self, batches: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the losses of all processes, divided by `batches`, and the metrics."""
+        losses = self._losses / batches
+        if self._accelerator.num_processes > 1:
+            losses = self._accelerator.reduce(losses, "sum")
+            sums = torch.from_numpy(self._tally.sums).to(self._accelerator.device)
+            self._tally.sums = self._accelerator.reduce(sums, "sum").cpu().numpy()
+        return dict(zip(LOSSES.values(), losses.tolist(), strict=True)), self._tally.values()
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run, tokens: list[str], accelerator: Accelerator, network: model.Electra, step: int
+) -> None:
+    """Evaluate a network on the held-out examples and report its metrics, if there are examples.
+
+    Masks and samples are the same at each step. Each example is read once, except those that do not
+    fill a batch. Processes take batches in turn, so the result does not depend on their number.
+    """
+    settings, store = run.profile.train, Store(run.directory / EXAMPLES[1])
+    batch_size = min(settings.batch_size // settings.micro_batches, len(store))
+    if not batch_size:
+        return
+    number = len(store) // batch_size
+    batches = Batches(
+        store,
+        Masking.of(run.profile.model, tokens),
+        length=run.profile.model.max_seq_length,
+        batch_size=batch_size,
+        seed=settings.seed,
+        shuffle=False,
+    )
+    accumulator = Accumulator(accelerator)
+    network.eval()
+    for i in range(accelerator.process_index, number, accelerator.num_processes):
+        batch = to_device(batches[i], accelerator.device)
+        accumulator.add(batch, network(batch))
+    network.train()
+    losses, scalars = accumulator.reduce(number)
+    # As upstream: the total is a mean over batches, the others over masked tokens and examples.
+    scalars["loss/total"] = losses["loss/total"]
+    if accelerator.is_main_process:
+        events.emit(events.Evaluation(step, number * batch_size, scalars))
+
+
+def evaluate_checkpoint(directory: Path, checkpoint: Path) -> None:
+    """Evaluate a checkpoint, a directory `step-N`, of the run in `directory`."""
+    run = Run.open(directory)
+    tokens = vocab.read(run.vocabulary)
+    accelerator = make_accelerator(run.profile.train)
+    network = make_network(run.profile, len(tokens))
+    exchange.restore(checkpoint, network, adam=None)
+    accelerator.prepare(network)
+    step = int(checkpoint.name.removeprefix("step-"))
+    evaluate(run, tokens, accelerator, network, step)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        evaluate_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))

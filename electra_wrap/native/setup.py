@@ -1,0 +1,78 @@
+"""What training and evaluation start from: devices, networks and batches."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from electra_wrap import subprocesses
+from electra_wrap.errors import EnvironmentProblem
+from electra_wrap.native import engine, model
+from electra_wrap.profile import NETWORKS, Profile, Train
+
+
+def make_accelerator(settings: Train) -> Accelerator:
+    """Return the accelerator for the profile's device and precision.
+
+    EnvironmentProblem if the profile requires a GPU and there is none.
+    """
+    # It warns of the embeddings that the two networks share.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if settings.device == "gpu" and not gpu:
+        raise EnvironmentProblem(f'train.device = "gpu", but {engine.NO_GPU}')
+    precision = engine.precision(settings.precision, ["cuda"] if gpu else [])
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    return Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
+        gradient_accumulation_steps=settings.micro_batches,
+        # The buffers are constants.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def make_network(profile: Profile, vocab_size: int) -> model.Electra:
+    """Return both networks with initial weights."""
+    return model.Electra({network: profile.hf_config(network, vocab_size) for network in NETWORKS})
+
+
+def compile_network(network: model.Electra, settings: Train, device: torch.device) -> None:
+    """Compile the networks into one graph, if the profile and the machine allow it."""
+    gpu = device.type == "cuda"
+    has_compiler = any(map(shutil.which, ("gcc", "clang", "cc")))  # Triton needs one, too
+    if settings.compile is True or (settings.compile == "auto" and gpu and has_compiler):
+        # With CUDA graphs, because launching a small model's kernels takes longer than they do.
+        # Gradients that are summed over micro-batches must not live in a graph's memory.
+        graphs = gpu and settings.micro_batches == 1
+        mode = "reduce-overhead" if graphs else "default"
+        network.compile(mode=mode, fullgraph=True, dynamic=False)
+
+
+def to_device(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy a batch to the device, without waiting for it."""
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    if device.type == "cuda":
+        tensors = {name: value.pin_memory() for name, value in tensors.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """Report an exception to the parent process, also that the GPU's memory is too small."""
+    with subprocesses.report_errors():
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(".")[0]
+            raise EnvironmentProblem(
+                f"the GPU's memory is too small ({reason}); raise train.micro_batches"
+            ) from None

@@ -1,0 +1,1 @@
+"""The stages from text to model, and what runs them."""

@@ -1,0 +1,91 @@
+"""Stage `convert`: the latest checkpoint becomes two models that transformers loads."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from electra_wrap.data import vocab
+from electra_wrap.engine import Checkpoint
+from electra_wrap.engines import ENGINES, find_checkpoint, weight_digests
+from electra_wrap.files import new_directory, write_text
+from electra_wrap.monitor import card, evaluation
+from electra_wrap.pipeline.checkpoints import require_checkpoint
+from electra_wrap.pipeline.stage import Digest, Stage, Values
+from electra_wrap.profile import NETWORKS
+from electra_wrap.progress import log
+from electra_wrap.run import Run
+
+
+def _inputs(run: Run, digest: Digest) -> Values:
+    checkpoint = find_checkpoint(run)
+    return {
+        **weight_digests(run, checkpoint),
+        "vocabulary": digest(run.vocabulary),
+        "tokenizer.lowercase": run.profile.tokenizer.lowercase,
+        "tokenizer.strip_accents": run.profile.tokenizer.strip_accents,
+        "description": run.profile.description,
+        "language": run.profile.language,
+        # The model card has the metrics.
+        "evaluated": checkpoint is not None and bool(evaluation.find(run, checkpoint)[1]),
+    }
+
+
+def _execute(run: Run) -> Values:
+    checkpoint = require_checkpoint(run, None)
+    with new_directory(run.exported, replace=True) as out:
+        _export(run, checkpoint, out)
+    log(f"convert: step {checkpoint.step:,} is in {run.exported}")
+    return {"step": checkpoint.step, "model_name": run.profile.model_name}
+
+
+def _export(run: Run, checkpoint: Checkpoint, out: Path) -> None:
+    """Write both networks of a checkpoint, each with its tokenizer and its model card."""
+    ENGINES[checkpoint.engine].export(run, checkpoint, out)
+    tokens = vocab.read(run.vocabulary)
+    for network in NETWORKS:
+        vocab.write_tokenizer(
+            out / network,
+            tokens,
+            max_length=run.profile.model.max_seq_length,  # later positions were never trained
+            **run.profile.tokenizer.normalization,
+        )
+        write_text(out / network / "README.md", card.model_card(run, network, checkpoint))
+
+
+def convert(run: Run, step: int | Literal["best"] | None, out: Path, *, replace: bool) -> None:
+    """Export a run's latest checkpoint, its best one or that of a step to `out`.
+
+    UsageError if there is no such checkpoint, or if `out` has a model and not `replace`.
+    """
+    checkpoint = require_checkpoint(run, step)
+    with contextlib.ExitStack() as stack:
+        models = {
+            network: stack.enter_context(new_directory(out / network, replace=replace))
+            for network in NETWORKS
+        }
+        with tempfile.TemporaryDirectory(dir=out) as temporary:
+            _export(run, checkpoint, Path(temporary))
+            for network, directory in models.items():
+                for file in (Path(temporary) / network).iterdir():
+                    file.rename(directory / file.name)
+    log(f"convert: step {checkpoint.step:,} is in {out}")
+
+
+def _versions(run: Run) -> dict[str, str]:
+    checkpoint = find_checkpoint(run)
+    name = checkpoint.engine if checkpoint else run.profile.engine
+    return ENGINES[name].versions("convert")
+
+
+STAGE = Stage(
+    name="convert",
+    inputs=_inputs,
+    execute=_execute,
+    outputs=lambda run: ("hf",),
+    versions=_versions,
+    depends_on=("vocab", "train", "evaluate"),
+    replaces_outputs=True,
+)

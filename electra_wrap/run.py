@@ -1,0 +1,196 @@
+"""A run: a profile in a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from electra_wrap import files
+from electra_wrap.errors import UsageError
+from electra_wrap.profile import Profile
+
+MANIFEST = "manifest.json"
+
+#: Version of the manifest's format.
+FORMAT = 2
+
+
+class Run:
+    """A profile in a run directory: its paths, its manifest and its lock.
+
+    The manifest records for each stage what it was made from and how it ended, and for each model
+    its evaluations. It also caches the SHA-256 of every file by size and modification time, so
+    that asking whether a file changed costs a `stat`.
+
+    `upstream` is where to fetch google-research/electra from; `launch` starts the native trainer.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        directory: Path,
+        *,
+        upstream: str | None = None,
+        launch: str | None = None,
+    ) -> None:
+        self.profile = profile
+        self.directory = directory.resolve()
+        self.upstream = upstream
+        self.launch = launch
+        self.manifest = read_manifest(self.directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> Run:
+        """Return the run in a directory, with the profile that it last ran with.
+
+        UsageError if the directory is not a run directory.
+        """
+        read_manifest(directory)
+        profile = read_profile(directory)
+        if profile is None:
+            raise UsageError(
+                f"{directory} is not a run directory: it has no valid profile.json; give one that "
+                "`run` made"
+            )
+        return cls(profile, directory)
+
+    @property
+    def corpus(self) -> Path:
+        return self.directory / "corpus"
+
+    @property
+    def held_out(self) -> Path:
+        return self.directory / "heldout"
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.directory / "vocab.txt"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.directory / "models" / self.profile.model_name
+
+    @property
+    def exported(self) -> Path:
+        return self.directory / "hf"
+
+    def log_file(self, name: str) -> Path:
+        return self.directory / "logs" / f"{name}.log"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens in vocab.txt; where that file is missing, the number it last had."""
+        try:
+            text = self.vocabulary.read_text(encoding="utf-8")
+            return len(text.removesuffix("\n").split("\n"))
+        except FileNotFoundError:
+            return int(self.results("vocab").get("vocab_size", 0))
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """Return the manifest's entry of a stage; empty if the stage never ran."""
+        return dict(self.manifest["stages"].get(stage, {}))
+
+    def results(self, stage: str) -> dict[str, Any]:
+        """Return what a stage reported when it last ran; empty if it never finished."""
+        return dict(self.record(stage).get("results", {}))
+
+    @property
+    def examples_record(self) -> str:
+        """Name of the manifest's entry of the examples, which differ between engines."""
+        return f"examples {self.profile.engine}"
+
+    @property
+    def train_record(self) -> str:
+        """Name of the manifest's entry of the training: a run directory may hold several models."""
+        return f"train {self.profile.model_name}"
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The manifest's entry of the model."""
+        models: dict[str, dict[str, Any]] = self.manifest["models"]
+        return models.setdefault(self.profile.model_name, {})
+
+    def digest(self, path: Path) -> str:
+        """Return the SHA-256 of a file, or of a directory's sorted file names and digests.
+
+        FileNotFoundError if it does not exist.
+        """
+        if path.is_dir():
+            names = sorted(p for p in path.rglob("*") if p.is_file())
+            lines = "".join(f"{self.digest(p)}  {p.relative_to(path)}\n" for p in names)
+            return hashlib.sha256(lines.encode()).hexdigest()
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        cached = self.manifest["digests"].get(self._cache_key(path))
+        if isinstance(cached, list) and cached[:2] == state:
+            return str(cached[2])
+        digest = files.sha256(path)
+        self.manifest["digests"][self._cache_key(path)] = [*state, digest]
+        return digest
+
+    def forget_digests(self, directory: Path) -> None:
+        """Have `digest` read the files under a directory again: a disk may damage them silently."""
+        cached = self.manifest["digests"]
+        for key in list(cached):
+            if (self.directory / key).is_relative_to(directory):
+                del cached[key]
+
+    def _cache_key(self, path: Path) -> str:
+        # Relative inside the run directory, so that a run can be moved.
+        inside = path.is_relative_to(self.directory)
+        return str(path.relative_to(self.directory) if inside else path)
+
+    @contextlib.contextmanager
+    def lock(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold the run directory. UsageError, naming the holder, if another process holds it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with files.lock(self.directory / ".lock", shared=shared):
+            self.manifest = read_manifest(self.directory)  # another process may have run
+            yield
+
+    def save(self) -> None:
+        """Write the manifest."""
+        files.write_json(self.directory / MANIFEST, self.manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return a run directory's manifest; an empty one if there is none.
+
+    UsageError if it is damaged or has another version's format.
+    """
+    path = directory / MANIFEST
+    empty: dict[str, Any] = {"format": FORMAT, "stages": {}, "digests": {}, "models": {}}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest.get("format", 1) != FORMAT:
+            raise UsageError(
+                f"{directory} was made by another version of electra_wrap; continue it with that "
+                "version, or choose another --run-dir"
+            )
+        if all(map(_is_valid_record, manifest["stages"].values())):
+            return empty | {key: dict(manifest[key]) for key in ("stages", "digests", "models")}
+    except (FileNotFoundError, NotADirectoryError):
+        return empty
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UsageError(f"{path} is damaged; restore it from a backup, or choose another --run-dir")
+
+
+def _is_valid_record(record: dict[str, Any]) -> bool:
+    types = {"outcome": str, "inputs": dict, "versions": dict}
+    if record["outcome"] == "done":
+        types |= {"outputs": dict, "results": dict}
+    return all(isinstance(record[key], kind) for key, kind in types.items())
+
+
+def read_profile(directory: Path) -> Profile | None:
+    """Return the profile that a run directory last ran with; None if there is none."""
+    try:
+        text = (directory / "profile.json").read_text(encoding="utf-8")
+        return Profile.model_validate_json(text)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None

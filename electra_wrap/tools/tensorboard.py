@@ -1,0 +1,44 @@
+"""`tensorboard`: serves TensorBoard for runs, in this process and without TensorFlow."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from electra_wrap.errors import EnvironmentProblem, UsageError
+
+
+def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
+    """Serve run directories until a signal; without `port`, at the first free one from 6006.
+
+    UsageError if one holds no model.
+    """
+    for directory in directories:
+        if not (directory / "models").is_dir():
+            raise UsageError(f"{directory} has not trained yet; first `run`")
+    # TensorBoard imports TensorFlow, if it is installed, unless this module exists.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+    from tensorboard import program
+
+    def create_server(app: Any, flags: Any) -> Any:
+        try:
+            return program.create_port_scanning_werkzeug_server(app, flags)
+        except program.TensorBoardServerException as error:
+            message = " ".join(error.msg.split())
+            raise EnvironmentProblem(f"{message}; choose another --port or --host") from None
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumed training
+    names = [directory.name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory).strip("/").replace("/", " ") for directory in directories]
+    with tempfile.TemporaryDirectory(prefix="electra_wrap-tensorboard-") as tree:
+        for name, directory in zip(names, directories, strict=True):
+            Path(tree, name).symlink_to(directory / "models")
+        tensorboard = program.TensorBoard(server_class=create_server)
+        tensorboard.configure(logdir=tree, host=host, port=port, load_fast="false")
+        tensorboard.main()
