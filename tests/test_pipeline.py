@@ -122,8 +122,8 @@ def test_raising_steps_continues_training(trained: Run, make_run: MakeRun) -> No
     ("override", "says"),
     [
         ("train.learning_rate=0.5", "learning_rate was 0.001 and is 0.5"),
-        ("train.batch_size=5", "train_batch_size was 4 and is 5"),
-        ("model.num_hidden_layers=3", "model_hparam_overrides was"),
+        ("train.batch_size=5", "train.batch_size was 4 and is 5"),
+        ("model.num_hidden_layers=3", "num_hidden_layers was 2 and is 3"),
         ("train.seed=1", "train.seed was 0 and is 1"),
         ("model.max_seq_length=16", "model.max_seq_length was 32 and is 16"),
         ("tokenizer.vocab_size=250", "tokenizer.vocab_size was 300 and is 250"),

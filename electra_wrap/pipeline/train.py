@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
@@ -27,44 +28,25 @@ from electra_wrap.progress import log, warn
 from electra_wrap.run import Run
 
 #: Names of temporary files in the model's directory. A killed training leaves them.
-_TEMPORARY = (
-    "exported-*",
-    "*.partial",
-    ".*.removed",
-    "model.ckpt-*_temp",
-    "model.ckpt-*.tempstate*",
-    "checkpoint.tmp*",
-    "graph.pbtxt.tmp*",
-)
+_TEMPORARY: tuple[str, ...] = ("exported-*", "*.partial", ".*.removed", "model.ckpt-*_temp")
+_TEMPORARY += ("model.ckpt-*.tempstate*", "checkpoint.tmp*", "graph.pbtxt.tmp*")
 
 #: Bytes of a checkpoint that are not weights or optimizer state: the graph, logs, scalars.
 _OVERHEAD = 3_000_000
 
 
 def _inputs(run: Run, digest: Digest) -> Values:
-    """Return what a model is trained with: all but the keys that may change on the way.
+    """Return what a model is trained with: all but the keys that may change in mid-training.
 
-    The latter say how long, how often and where. Checkpoints of both engines are interchangeable.
+    Those say how long, how often and where. Either engine may continue a model of the other.
     """
-    model, settings = run.profile.model, run.profile.train
-    shape = model.shape("discriminator")
-    return {
-        **examples.inputs(run, digest),
-        "model_size": model.size,
-        "model_hparam_overrides": {
-            "hidden_size": shape.hidden_size,
-            "num_hidden_layers": shape.num_hidden_layers,
-        },
-        "embedding_size": shape.embedding_size,
-        "vocab_size": run.vocab_size,
-        "generator_hidden_size": model.generator_hidden_size,
-        "generator_layers": model.generator_layers,
-        "mask_prob": model.mask_prob,
-        "train_batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "num_warmup_steps": settings.warmup_steps,
-        "weight_decay_rate": settings.weight_decay,
-    }
+    inputs = examples.inputs(run, digest)
+    for network in NETWORKS:
+        shape = dataclasses.asdict(run.profile.model.shape(network))
+        inputs |= {f"the {network}'s {key}": value for key, value in shape.items()}
+    keys = ("batch_size", "learning_rate", "warmup_steps", "weight_decay")
+    inputs |= {f"train.{key}": getattr(run.profile.train, key) for key in keys}
+    return {**inputs, "model.mask_prob": run.profile.model.mask_prob}
 
 
 def _stale_reason(run: Run, digest: Digest) -> str | None:
@@ -94,8 +76,8 @@ def refuse_other_settings(run: Run, step: int, digest: Digest) -> None:
     """Raise UsageError if the model was trained with other settings or on other data."""
     if change := describe_change(run.record(run.train_record)["inputs"], _inputs(run, digest)):
         raise UsageError(
-            f"{run.model_dir} has a model trained for {step:,} steps, and {change}; restore that "
-            "setting, or train another model with --set model_name=NAME or --run-dir DIR"
+            f"{run.model_dir} has a model trained for {step:,} steps, and {change}; restore that, "
+            "or train another model: --set model_name=NAME or --run-dir DIR"
         )
 
 
@@ -111,8 +93,7 @@ def _refuse_other_versions(run: Run, step: int, former: dict[str, str]) -> None:
             other = next(name for name in ENGINE_NAMES if name != run.profile.engine)
             raise UsageError(
                 f"{run.model_dir} was trained for {step:,} steps with {name} {former[name][:12]}, "
-                f"but {now[name][:12]} is installed; install the former, continue with --set "
-                f"engine={other}, or train another model with --set model_name=NAME"
+                f"but {now[name][:12]} is installed; install the former, or --set engine={other}"
             )
 
 
@@ -161,10 +142,7 @@ def _prepare_checkpoint(run: Run) -> int:
             break
         if not is_checkpoint_intact(run, checkpoint):
             ENGINES[checkpoint.engine].archive(checkpoint)
-            warn(
-                f"the checkpoint of step {checkpoint.step:,} is damaged; its files are archived as "
-                "….old-N"
-            )
+            warn(f"the checkpoint of step {checkpoint.step:,} is damaged and was archived")
     for pattern in _TEMPORARY:
         for path in run.model_dir.glob(pattern):
             files.remove(path)
