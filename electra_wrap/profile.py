@@ -238,11 +238,13 @@ class Profile(_Section):
         if self.train.evaluate_every and not self.corpus.held_out:
             yield "train.evaluate_every", "no text is held out; set corpus.held_out, e.g. 0.005"
         if self.engine == "upstream":
-            message = 'upstream does not support it; set engine = "native"'
-            if self.train.micro_batches != 1:
-                yield "train.micro_batches", message
-            if self.train.precision == "bfloat16":
-                yield "train.precision", message
+            unsupported = {
+                "micro_batches": self.train.micro_batches != 1,
+                "precision": self.train.precision == "bfloat16",
+                "compile": self.train.compile is True,
+            }
+            for key in (key for key, is_set in unsupported.items() if is_set):
+                yield f"train.{key}", 'upstream does not support it; set engine = "native"'
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> Profile:

@@ -179,8 +179,7 @@ d = os.path.join(a.data_dir, "models", a.model_name)
 os.makedirs(d, exist_ok=True)
 state = os.path.join(d, "checkpoint")
 start = int(re.search(r"ckpt-(\\d+)", open(state).read())[1]) if os.path.exists(state) else 0
-names = ("ELECTRA_WRAP_RUNTIME", "CUDA_VISIBLE_DEVICES", "TF_XLA_FLAGS")
-print(*map(os.environ.get, names))
+print(os.environ["ELECTRA_WRAP_RUNTIME"], os.environ.get("CUDA_VISIBLE_DEVICES"))
 print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN") else "clean")
 if h["learning_rate"] == 0.666:
     print("loss was NaN"); raise SystemExit(1)

@@ -150,6 +150,7 @@ def test_sizes_of_both_networks(
         ("train=5", ["train = 5"]),
         ("engine=tpu", ["engine = 'tpu'", "'upstream'", "'native'"]),
         ("train.precision=bfloat16", ["--set: train.precision = 'bfloat16'", 'engine = "native"']),
+        ("train.compile=true", ["--set: train.compile = True", 'engine = "native"']),
         ("train.micro_batches=2", ["--set: train.micro_batches = 2", 'engine = "native"']),
         ("train.compile=maybe", ["--set: train.compile = 'maybe'"]),
         ("train.steps", ["is not KEY=VALUE"]),
@@ -356,7 +357,9 @@ def test_secret_in_a_url_is_refused_and_not_printed(base: str, source: str, secr
         Profile.load(base, [f'corpus.source="{source}"'])
     except UsageError as raised:
         assert (
-            secret and "write an environment variable: ${NAME}" in str(raised) and "hunter2" not in str(raised)
+            secret
+            and "write an environment variable: ${NAME}" in str(raised)
+            and "hunter2" not in str(raised)
         )
     else:
         assert not secret

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -61,17 +62,23 @@ def convert(run: Run, step: int | Literal["best"] | None, out: Path, *, replace:
     UsageError if there is no such checkpoint, or if `out` has a model and not `replace`.
     """
     checkpoint = require_checkpoint(run, step)
-    with contextlib.ExitStack() as stack:
-        models = {
-            network: stack.enter_context(new_directory(out / network, replace=replace))
-            for network in NETWORKS
-        }
-        with tempfile.TemporaryDirectory(dir=out) as temporary:
-            _export(run, checkpoint, Path(temporary))
-            for network, directory in models.items():
-                for file in (Path(temporary) / network).iterdir():
-                    file.rename(directory / file.name)
+    with new_models(out, NETWORKS, replace=replace) as work:
+        _export(run, checkpoint, work)
     log(f"convert: step {checkpoint.step:,} is in {out}")
+
+
+@contextlib.contextmanager
+def new_models(out: Path, networks: Sequence[str], *, replace: bool) -> Iterator[Path]:
+    """Yield a temporary directory, of which each network becomes `out`/NETWORK at the end.
+
+    Nothing else in `out` changes. UsageError if one of these exists, unless `replace`.
+    """
+    with contextlib.ExitStack() as stack:
+        models = {n: stack.enter_context(new_directory(out / n, replace=replace)) for n in networks}
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out)))
+        yield work
+        for network, directory in models.items():
+            (work / network).rename(directory)
 
 
 def _versions(run: Run) -> dict[str, str]:

@@ -61,10 +61,7 @@ def _execute(run: Run) -> Values:
 
 def _copy_records(run: Run, records: list[Path], names: list[str]) -> Values:
     if len({path.name for path in records}) < len(names):
-        raise UsageError(
-            "corpus.source has records beside text, or records of two directories; give one "
-            "directory of records"
-        )
+        raise UsageError("corpus.source has records beside other files; give one directory of them")
     with files.atomic(run.held_out) as held_out, files.atomic(run.corpus) as copies:
         held_out.mkdir()
         copies.mkdir()
@@ -84,15 +81,9 @@ def _log_counts(run: Run, counts: Values) -> None:
         if description and counts.get(name):
             log(f"corpus: {description}: {counts[name]:,}")
     if settings.sha256 and settings.max_lines:
-        warn(
-            "corpus.sha256 is the digest of the whole file; it is checked only if corpus.max_lines "
-            "leaves nothing out"
-        )
+        warn("corpus.sha256 is checked only if corpus.max_lines leaves nothing out")
     if counts["invalid_utf8"] > counts["lines"] * OTHER_ENCODING:
-        warn(
-            "so many invalid lines are a sign of another encoding; convert the text, for example: "
-            "iconv -f LATIN1 -t UTF-8"
-        )
+        warn("the text seems to have another encoding; try: iconv -f LATIN1 -t UTF-8")
     if settings.held_out and (problem := evaluation_problem(counts)):
         warn(f"the model cannot be evaluated: {problem}")
 
@@ -102,10 +93,8 @@ def evaluation_problem(counts: Values) -> str | None:
     if not counts.get("held_out_lines"):
         return "no text is held out; set corpus.held_out and give two or more documents"
     if (share := counts["held_out_seen_share"]) > MAX_SEEN_SHARE:
-        return (
-            f"{share:.0%} of the held-out text are lines that the training text has, too; set "
-            'corpus.deduplicate = "lines"'
-        )
+        lines = f"{share:.0%} of the held-out text are lines that the training text has, too"
+        return f'{lines}; set corpus.deduplicate = "lines"'
     return None
 
 

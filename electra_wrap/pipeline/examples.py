@@ -147,10 +147,8 @@ def build_shard(run: Run, index: int, count: int) -> None:
             raise UsageError("--shard: corpus.source has records already; leave --shard out")
         for name in _parts_names(run):
             if change := _changed_input(run, run.directory / name):
-                raise UsageError(
-                    f"{run.directory / name} has parts with other settings: {change}; restore that "
-                    "setting"
-                )
+                parts_directory = run.directory / name
+                raise UsageError(f"{parts_directory} has parts with other settings: {change}")
         if stale_reason(run, STAGE, run.digest):
             engine_of(run).prepare(run)
             (run.directory / "logs").mkdir(exist_ok=True)

@@ -52,20 +52,15 @@ def _inputs(run: Run, digest: Digest) -> Values:
 def _stale_reason(run: Run, digest: Digest) -> str | None:
     record = run.record(run.train_record)
     if not record and checkpoints(run):
-        raise UsageError(
-            f"{run.model_dir} has a model that this run did not train; choose another model_name "
-            "or --run-dir"
-        )
+        raise UsageError(f"{run.model_dir} has a model of another run; choose another model_name")
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         return "not done yet"
     step, steps = checkpoint.step, run.profile.train.steps
     refuse_other_settings(run, step, digest)
     if step > steps:
-        raise UsageError(
-            f"{run.model_dir} is at step {step:,}, train.steps = {steps}; set train.steps={step} "
-            "or more"
-        )
+        where = f"{run.model_dir} is at step {step:,}"
+        raise UsageError(f"{where}, train.steps = {steps}; set train.steps={step} or more")
     if step < steps:
         _refuse_other_versions(run, step, record["versions"])
         return f"at step {step:,} of {steps:,}"
@@ -117,11 +112,8 @@ def _execute(run: Run) -> Values:
             raise Interrupted(f"interrupted; the same command {where}") from None
     last = find_checkpoint(run)
     if last is None or last.step != settings.steps:
-        step = last.step if last else 0
-        raise StageFailed(
-            f"training ended at step {step:,} instead of {settings.steps:,}; see the log: "
-            f"{run.log_file('train')}"
-        )
+        step, log_file = last.step if last else 0, run.log_file("train")
+        raise StageFailed(f"training ended at step {step:,}; see the log: {log_file}")
     return {
         "engine": run.profile.engine,
         "device": devices or "cpu",

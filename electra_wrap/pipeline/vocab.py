@@ -58,18 +58,14 @@ def _execute(run: Run) -> Values:
 def _log_fit(size: int, requested: int | None, fit: dict[str, float]) -> None:
     if requested and size < requested:
         warn(f"the text gives a vocabulary of {size:,} tokens, not of {requested:,}")
+    log(f"vocab: {size:,} tokens")
     if not fit:
-        log(f"vocab: {size:,} tokens")
         return
-    log(
-        f"vocab: {size:,} tokens; {fit['tokens_per_word']:.3f} tokens per word, "
-        f"{fit['unknown_share']:.3%} of them [UNK]"
-    )
+    unknown = f"{fit['unknown_share']:.3%} of them [UNK]"
+    log(f"vocab: {fit['tokens_per_word']:.3f} tokens per word, {unknown}")
     if fit["cut_share"] > CUT_SHARE:
-        warn(
-            f"{fit['cut_share']:.0%} of the tokens are beyond model.max_seq_length in their line "
-            "and get into no example; put one sentence on a line"
-        )
+        share = f"{fit['cut_share']:.0%} of the tokens"
+        warn(f"lines are longer than model.max_seq_length, which cuts {share}; use shorter lines")
 
 
 STAGE = Stage(
