@@ -37,9 +37,7 @@ def find_discriminator(directory: Path) -> Path:
             return candidate
     if (directory / MANIFEST).is_file():
         raise UsageError(f"{directory} has no exported model yet; `run` exports it")
-    raise UsageError(
-        f"{directory} has no discriminator; give a run directory, its hf/ or its hf/discriminator"
-    )
+    raise UsageError(f"{directory} has no discriminator; give a run directory or its hf/")
 
 
 def find_generator(discriminator: Path) -> Path:
@@ -114,21 +112,16 @@ def replace(model_dir: str, texts: list[str], seed: int) -> list[dict[str, Any]]
     tokenizer = _load("AutoTokenizer", model)
     rows, cuts = _encode(model, texts)
     samples = [
-        _sample(generator, tokenizer, row, random.Random(f"{seed} {text}"))
+        _sample(generator, tokenizer, row, f"{seed} {text}")
         for row, text in zip(rows, texts, strict=True)
     ]
     results = _predict(model, texts, list(map(_substitute, rows, samples)), cuts)
-    return [
-        {
-            "text": result["text"],
-            "original": tokenizer.convert_ids_to_tokens(row[1:-1]),
-            "masked": [position - 1 for position in sample],
-            "sampled": tokenizer.convert_ids_to_tokens(list(sample.values())),
-            "changed": [p - 1 for p, token in sample.items() if token != row[p]],
-            **result,
-        }
-        for result, row, sample in zip(results, rows, samples, strict=True)
-    ]
+    for result, row, sample in zip(results, rows, samples, strict=True):
+        result["original"] = tokenizer.convert_ids_to_tokens(row[1:-1])
+        result["masked"] = [position - 1 for position in sample]
+        result["sampled"] = tokenizer.convert_ids_to_tokens(list(sample.values()))
+        result["changed"] = [p - 1 for p, token in sample.items() if token != row[p]]
+    return results
 
 
 def check(directory: str, texts: list[str]) -> dict[str, Any]:
@@ -150,9 +143,7 @@ def _encode(model: str, texts: list[str]) -> tuple[list[list[int]], list[int | N
     return encoded["input_ids"], cuts
 
 
-def _sample(
-    generator: Any, tokenizer: Any, row: list[int], source: random.Random
-) -> dict[int, int]:
+def _sample(generator: Any, tokenizer: Any, row: list[int], seed: str) -> dict[int, int]:
     """Mask positions of a row, and return a token for each, from the softmax of the generator.
 
     The positions are ascending and all different, while training may choose one twice. The samples
@@ -160,7 +151,7 @@ def _sample(
     """
     import torch
 
-    special = tokenizer.all_special_ids
+    source, special = random.Random(seed), tokenizer.all_special_ids
     candidates = [position for position, token in enumerate(row) if token not in special]
     number = min(len(candidates), max(1, round(MASKED_SHARE * len(row))))
     positions = sorted(source.sample(candidates, number))
@@ -174,8 +165,8 @@ def _sample(
     return dict(zip(positions, tokens[:, 0].tolist(), strict=True))
 
 
-def _substitute(row: list[int], tokens: Mapping[int, int]) -> list[int]:
-    return [tokens.get(position, token) for position, token in enumerate(row)]
+def _substitute(row: list[int], sample: Mapping[int, int]) -> list[int]:
+    return [sample.get(position, token) for position, token in enumerate(row)]
 
 
 def _predict(
@@ -189,51 +180,46 @@ def _predict(
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     with torch.inference_mode():
         logits = _require_finite(discriminator, discriminator(**inputs).logits)
-    results = []
     probabilities = logits.sigmoid().tolist()
-    for text, row, values, cut in zip(texts, rows, probabilities, cuts, strict=True):
-        inner = values[1 : len(row) - 1]
-        results.append(
-            {
-                "text": text,
-                "tokens": tokenizer.convert_ids_to_tokens(row[1:-1]),
-                "probabilities": [round(p, 6) for p in inner],
-                "replaced": [int(p > 0.5) for p in inner],
-                "cut": cut,
-            }
-        )
-    return results
+    return [
+        {
+            "text": text,
+            "tokens": tokenizer.convert_ids_to_tokens(row[1:-1]),
+            "probabilities": [round(p, 6) for p in values[1 : len(row) - 1]],
+            "replaced": [int(p > 0.5) for p in values[1 : len(row) - 1]],
+            "cut": cut,
+        }
+        for text, row, values, cut in zip(texts, rows, probabilities, cuts, strict=True)
+    ]
 
 
 def _require_finite(model: Any, values: Any) -> Any:
     if values.isfinite().all():
         return values
-    where = model.name_or_path
-    raise UsageError(f"{where} gives values that are not finite; use an earlier checkpoint")
+    problem = f"{model.name_or_path} gives values that are not finite"
+    raise UsageError(f"{problem}; use an earlier checkpoint")
 
 
 @functools.cache
 def _load_model(model_class: str, directory: str) -> Any:
     """Load a model. UsageError unless its file and its class have the same parameters."""
-    options = {"output_loading_info": True, "use_safetensors": True}
-    model, report = _load(model_class, directory, **options)
-    problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    if problems:
+    model, report = _load(model_class, directory, output_loading_info=True, use_safetensors=True)
+    if problems := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise UsageError(f"{directory} does not fit {model_class}: {problems}; convert it again")
     return model.eval()
 
 
 @functools.cache
 def _load(class_name: str, directory: str, **options: Any) -> Any:
-    """Load an object of transformers from files that may be a stranger's: no code, no pickle.
+    """Load an object of transformers from untrusted files: no code, no pickle.
 
     UsageError if it cannot be loaded.
     """
     import transformers
 
-    loader = getattr(transformers, class_name)
+    load = getattr(transformers, class_name).from_pretrained
     try:
-        return loader.from_pretrained(directory, trust_remote_code=False, **options)
+        return load(directory, trust_remote_code=False, **options)
     except Exception as error:  # each library behind it has errors of its own
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{directory} cannot be loaded ({reason}); convert it again") from None

@@ -1,34 +1,19 @@
 """A profile: everything about one model, written once.
 
-`Profile.load` reads configs/NAME.toml or a file, follows `extends`, applies `--set` and validates.
-Upstream's hparams.json (upstream/hparams.py) and transformers' config.json follow from it.
+profiles.py loads it from files. Upstream's hparams.json (upstream/hparams.py) and transformers'
+config.json follow from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import os
 import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
-
-from electra_wrap import paths
-from electra_wrap.errors import UsageError
 
 EngineName = Literal["native", "upstream"]
 ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
@@ -47,15 +32,12 @@ MAX_SHARDS = 1000
 
 #: A secret in a URL: a password, a user name alone, or a query parameter that is named like one.
 #: An environment variable in its place, ${NAME}, is not a secret.
-_SECRET = re.compile(
+SECRET = re.compile(
     r"://[^/@]*:(?!\$\{)[^/@]+@|https?://(?!\$\{)[^/:@]+@"
     r"|[?&]([^=&]*[-_])?(token|(api)?key|sig|signature|secret|pass|passw(or)?d|pwd|auth|credential)"
     r"=(?!\$\{)[^&]",
     re.IGNORECASE,
 )
-
-#: Keys whose relative paths start from the directory of the file that sets them.
-_PATH_KEYS = ("corpus.source", "tokenizer.source")
 
 Positive = Annotated[int, Field(gt=0, lt=2**40)]
 NotNegative = Annotated[int, Field(ge=0, lt=2**40)]
@@ -93,7 +75,7 @@ class Corpus(_Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.sources or not all(self.sources):
             yield "source", "it names nothing; give files, globs, URLs or directories"
-        if any(map(_SECRET.search, self.sources)):
+        if any(map(SECRET.search, self.sources)):
             yield "source", "a URL contains a secret; write an environment variable: ${NAME}"
         if self.sha256 and len(self.sources) > 1:
             yield "sha256", "it is the digest of one file; name one file in corpus.source"
@@ -246,27 +228,6 @@ class Profile(_Section):
             for key in (key for key, is_set in unsupported.items() if is_set):
                 yield f"train.{key}", 'upstream does not support it; set engine = "native"'
 
-    @classmethod
-    def load(cls, name: str, overrides: Sequence[str] = ()) -> Profile:
-        """Read the profile `name` (in configs/, or a TOML file) and apply KEY=VALUE `overrides`.
-
-        Relative paths start from the directory of the file that sets them; those of `overrides`
-        from the current directory. UsageError, with the file, the key and the value, if the result
-        is not a valid profile.
-        """
-        path = find(name)
-        try:
-            values, origins = _read(path)
-            for key, value in map(parse_override, overrides):
-                parts = reversed(key.split("."))
-                nested = functools.reduce(lambda inner, part: {part: inner}, parts, value)
-                _merge(values, nested, origins, "--set", Path.cwd())
-            return cls.model_validate(values)
-        except RecursionError:
-            raise UsageError(f"{path}: a key is nested too deeply; `show` lists the keys") from None
-        except ValidationError as error:
-            raise UsageError(_explain(error, origins, path)) from None
-
     def hf_config(self, network: Network, vocab_size: int) -> dict[str, Any]:
         """Return transformers' config.json of one network."""
         return hf_config(network, self.model.shape(network), vocab_size)
@@ -322,147 +283,3 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value is not None
     }
-
-
-def shipped() -> Iterator[tuple[str, str]]:
-    """Yield the name and the description of each profile in configs/."""
-    for path in sorted(paths.CONFIGS.glob("*.toml"), key=lambda path: path.stem):
-        values, _ = _read(path)
-        yield path.stem, str(values.get("description", ""))
-
-
-def find(name: str) -> Path:
-    """Return the file of a profile, which is given by name or as a path.
-
-    UsageError, with the most similar name, if it does not exist.
-    """
-    if name.endswith(".toml") or "/" in name:
-        path = _expand_user(name)
-        if not path.is_file():
-            raise UsageError(
-                f"no profile file {path}; give a TOML file, or a name that `profiles` lists"
-            )
-        return path.resolve()
-    path = paths.CONFIGS / f"{name}.toml"
-    known = [file.stem for file in sorted(paths.CONFIGS.glob("*.toml"))]
-    if name not in known:
-        names = ", ".join(known)
-        raise UsageError(f"no profile {name!r}{_suggestion(name, known)}; the profiles are {names}")
-    return path
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split KEY=VALUE into a dotted key and a TOML value. A bare word is a string."""
-    key, separator, raw = text.partition("=")
-    key = key.strip()
-    if not separator or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-        raise UsageError(
-            f"--set {text!r} is not KEY=VALUE; write for example --set train.steps=100"
-        )
-    try:
-        parsed = tomllib.loads(f"value = {raw}")
-    except (ValueError, RecursionError):
-        parsed = {}
-    if list(parsed) == ["value"]:
-        return key, parsed["value"]
-    if re.search(r"[\"'\[\]{}\n]", raw):
-        raise UsageError(
-            f"--set {text!r}: the value is neither TOML nor a bare word; quote it as in TOML"
-        )
-    return key, raw.strip()
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a profile's values, inherited ones included, and which file set each dotted key."""
-    if path in seen:
-        cycle = " → ".join(p.stem for p in (*seen, path))
-        raise UsageError(f"{path}: extends leads back to itself ({cycle}); remove one of them")
-    try:
-        own = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not valid TOML: {reason}; correct the file") from None
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    if (base := own.pop("extends", None)) is not None:
-        if not isinstance(base, str):
-            raise UsageError(f"{path}: extends = {base!r} is not a name; name one profile")
-        sibling = path.parent / f"{base.removesuffix('.toml')}.toml"
-        values, origins = _read(sibling if sibling.is_file() else find(base), (*seen, path))
-    _merge(values, own, origins, str(path), path.parent)
-    return values, origins
-
-
-def _merge(
-    values: dict[str, Any],
-    new: dict[str, Any],
-    origins: dict[str, str],
-    origin: str,
-    base: Path,
-    prefix: str = "",
-) -> None:
-    """Merge `new` into `values` key by key. Relative paths start from `base`.
-
-    A new source drops what an inherited profile set for the former one, such as its digest.
-    """
-    if "source" in new:
-        for key in ("sha256", "vocab_size", "sample_bytes"):
-            if origins.get(f"{prefix}{key}") != origin:
-                values.pop(key, None)
-                origins.pop(f"{prefix}{key}", None)
-    for key, value in new.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(values.get(key, {}), dict):
-            _merge(values.setdefault(key, {}), value, origins, origin, base, f"{dotted}.")
-            continue
-        values[key] = _absolute(value, base) if dotted in _PATH_KEYS else value
-        origins[dotted] = origin
-
-
-def _absolute(source: Any, base: Path) -> Any:
-    if isinstance(source, list):
-        return [_absolute(item, base) for item in source]
-    if not isinstance(source, str) or source in ("", "train") or "://" in source:
-        return source
-    return str(base / _expand_user(source))
-
-
-def _expand_user(path: str) -> Path:
-    # Path.expanduser raises an exception for an unknown user.
-    return Path(os.path.expanduser(path))  # noqa: PTH111
-
-
-def _explain(error: ValidationError, origins: dict[str, str], path: Path) -> str:
-    """Return the first of pydantic's errors as one line: file, key, value, what is wrong."""
-    first = error.errors()[0]
-    branches = ("str", "list[", "literal[", "bool")  # of a union, which pydantic adds to the key
-    location = [str(part) for part in first["loc"] if not str(part).startswith(branches)]
-    value, kind, message = first["input"], first["type"], first["msg"]
-    if kind == "problem":
-        for part in first["ctx"]["key"].split("."):
-            location.append(part)
-            value = value.get(part)
-    dotted = ".".join(location)
-    # A section is not in `origins`, but its keys are.
-    inside = (origins[key] for key in origins if key.startswith(f"{dotted}."))
-    origin = origins.get(dotted) or next(inside, str(path))
-    if kind == "missing":
-        return f"{origin}: {dotted} is missing; set it"
-    if kind == "extra_forbidden":
-        model: Any = Profile
-        for part in location[:-1]:
-            model = model.model_fields[part].annotation
-        suggestion = _suggestion(location[-1], list(model.model_fields))
-        return f"{origin}: unknown key {dotted}{suggestion}; remove or rename it"
-    shown = "" if value is None or _SECRET.search(str(value)) else f" = {value!r}"
-    if len(shown) > 80:
-        shown = f"{shown[:77]}…"
-    message = " ".join(message.split())
-    message = message[:1].lower() + message[1:]
-    hint = "" if ";" in message else "; correct the value"
-    return f"{origin}: {dotted}{shown}: {message}{hint}"
-
-
-def _suggestion(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
@@ -150,47 +150,44 @@ def to_transformers(
     out: str,
     *,
     networks: Sequence[Network] = NETWORKS,
-    heads: Mapping[Network, int] | None = None,
-    expected: Mapping[Network, Mapping[str, Any]] | None = None,
+    heads: Mapping[Network, int | None] = {},
+    expected: Mapping[Network, Mapping[str, Any]] = {},
     slots: bool = False,
 ) -> dict[Network, dict[str, Any]]:
     """Write `out`/NETWORK for each network, as transformers loads it, and return their configs.
 
     `checkpoint` is a prefix, e.g. model.ckpt-100. `heads` overrides the number of attention heads.
     `expected` holds config.json values that the checkpoint must have. With `slots`, the optimizer's
-    are written beside each model as adam_m.safetensors and adam_v.safetensors. One tensor is in
-    memory at a time. UsageError for anything but a complete ELECTRA checkpoint with finite values.
+    are written beside each model as adam_m.safetensors and adam_v.safetensors. UsageError for
+    anything but a complete ELECTRA checkpoint with finite values.
     """
     import tensorflow as tf
 
+    configs: dict[Network, dict[str, Any]] = {}
+    mappings: dict[Network, dict[str, str]] = {}
     try:
         reader = tf.train.load_checkpoint(checkpoint)
         shapes = {name: tuple(s) for name, s in reader.get_variable_to_shape_map().items()}
-        described = {n: describe(n, shapes, (heads or {}).get(n)) for n in networks}
-        if unknown := _unknown_variables(shapes):
-            message = f"variables that are not ELECTRA's: {_shorten(unknown)}"
-            raise UsageError(f"{message}; give a pre-training checkpoint")
-        for network, (config, _) in described.items():
-            _refuse_difference(network, config, (expected or {}).get(network, {}))
-        for network, (config, names) in described.items():
+        for network in networks:
+            config, mappings[network] = describe(network, shapes, heads.get(network))
+            _refuse_difference(network, config, expected.get(network, {}))
+            configs[network] = config
+        _refuse_unknown_variables(shapes)
+        for network, names in mappings.items():
             directory = Path(out) / network
             directory.mkdir(parents=True)
-            write_json(directory / "config.json", config)
-            sizes = {
-                pytorch: shapes[variable][::-1] if is_transposed(variable) else shapes[variable]
-                for variable, pytorch in names.items()
-            }
-            _write(directory / "model.safetensors", sizes, _read(reader, names))
+            write_json(directory / "config.json", configs[network])
+            _write(directory / "model.safetensors", reader, names)
             for slot in SLOTS if slots else ():
-                _write(directory / f"{slot}.safetensors", sizes, _read(reader, names, f"/{slot}"))
+                _write(directory / f"{slot}.safetensors", reader, names, f"/{slot}")
     except UsageError as error:
         raise UsageError(f"{checkpoint}: {error}") from None
     except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
         # What TensorFlow's reader raises for damaged files.
         reason = str(error).strip().splitlines()[0]
-        message = f"{checkpoint}: not a complete checkpoint ({reason})"
-        raise UsageError(f"{message}; choose another") from None
-    return {network: config for network, (config, _) in described.items()}
+        message = f"{checkpoint}: not a complete checkpoint ({reason}); choose another"
+        raise UsageError(message) from None
+    return configs
 
 
 def find_prefix(checkpoint: str, step: int | None = None) -> str:
@@ -201,11 +198,11 @@ def find_prefix(checkpoint: str, step: int | None = None) -> str:
     """
     path = Path(checkpoint)
     if not path.is_dir():
-        path = path.with_suffix("") if path.suffix == ".index" else path
-        if not path.with_name(f"{path.name}.index").is_file():
+        prefix = checkpoint.removesuffix(".index")
+        if not Path(f"{prefix}.index").is_file():
             fix = "give a directory, or a prefix like model.ckpt-1000"
             raise UsageError(f"{checkpoint}: no checkpoint; {fix}")
-        return str(path)
+        return prefix
     prefixes = sorted(index.with_suffix("") for index in path.glob("*.index"))
     if step is not None:
         prefixes = [prefix for prefix in prefixes if prefix.name.endswith(f"-{step}")]
@@ -214,58 +211,41 @@ def find_prefix(checkpoint: str, step: int | None = None) -> str:
         latest = re.search(r'^model_checkpoint_path: "(?:.*/)?([^"/]+)"$', text, re.M)
         prefixes = [p for p in prefixes if latest and p.name == latest[1]] or prefixes
     if len(prefixes) != 1:
-        names = f" ({', '.join(prefix.name for prefix in prefixes)})" if prefixes else ""
-        checkpoints = "checkpoints" if step is None else f"checkpoints of step {step}"
-        message = f"{path} has {len(prefixes) or 'no'} {checkpoints}{names}"
-        raise UsageError(f"{message}; give the prefix of one")
+        names = ", ".join(prefix.name for prefix in prefixes) or "no checkpoint"
+        of_step = "" if step is None else f" of step {step}"
+        raise UsageError(f"{path} has {names}{of_step}; give the prefix of one checkpoint")
     return str(prefixes[0])
 
 
-def _unknown_variables(shapes: Shapes) -> list[str]:
+def _refuse_unknown_variables(shapes: Shapes) -> None:
     known: set[str] = set()
     for network in NETWORKS:
         with contextlib.suppress(UsageError):  # a checkpoint may hold one network alone
             known.update(describe(network, shapes)[1])
-    return sorted(name for name in shapes if name not in known and not NOT_WEIGHTS.search(name))
+    unknown = sorted(name for name in shapes.keys() - known if not NOT_WEIGHTS.search(name))
+    if unknown:
+        message = f"variables that are not ELECTRA's: {_shorten(unknown)}"
+        raise UsageError(f"{message}; give a pre-training checkpoint")
 
 
-def _refuse_difference(
-    network: Network, config: dict[str, Any], expected: Mapping[str, Any]
-) -> None:
+def _refuse_difference(network: str, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if config.get(key) != value:
-            raise UsageError(
-                f"the {network}'s {key} is {config.get(key)}, but {value} is expected; give the "
-                "profile and vocabulary that it was trained with"
-            )
+            message = f"the {network}'s {key} is {config.get(key)}, but {value} is expected"
+            fix = "give the profile and vocabulary that it was trained with"
+            raise UsageError(f"{message}; {fix}")
 
 
-def _read(reader: Any, names: Iterable[str], suffix: str = "") -> Iterator[np.ndarray]:
-    """Yield variables as PyTorch has them. UsageError for values that are not finite."""
-    for name in names:
-        value = np.asarray(reader.get_tensor(name + suffix), dtype=np.float32)
+def _write(path: Path, reader: Any, names: Mapping[str, str], suffix: str = "") -> None:
+    """Write a checkpoint's variables as PyTorch has them. UsageError if a value is not finite."""
+    tensors = {}
+    for variable, pytorch in names.items():
+        value = np.asarray(reader.get_tensor(variable + suffix), dtype=np.float32)
         if not np.isfinite(value).all():
-            raise UsageError(f"{name} has values that are not finite; choose an earlier checkpoint")
-        yield value.T if is_transposed(name) else value
-
-
-def _write(path: Path, shapes: Shapes, tensors: Iterable[np.ndarray]) -> None:
-    """Write float32 tensors as a safetensors file, one at a time: the library needs all in memory.
-
-    The format is 8 bytes of header length, the header as JSON, then the tensors' bytes in order
-    (https://github.com/huggingface/safetensors, "Format").
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(np.ascontiguousarray(tensor, "<f4").data)
+            message = f"{variable}{suffix} has values that are not finite"
+            raise UsageError(f"{message}; choose an earlier checkpoint")
+        tensors[pytorch] = np.ascontiguousarray(value.T if is_transposed(variable) else value)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0) -> None:
@@ -275,30 +255,24 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
     are those beside the models, as `to_transformers` writes them, or zero as at the start of a
     training. UsageError if the two are not the networks of one ELECTRA.
     """
-    networks: dict[Network, tuple[dict[str, int], list[Any]]] = {
-        "discriminator": _open_model("discriminator", Path(discriminator)),
-        "generator": _open_model("generator", Path(generator)),
-    }
-    tied = _have_same_embeddings(*(tensors[0] for _, tensors in networks.values()))
-    variables: dict[str, tuple[str, list[Any]]] = {}
-    for network, (config, tensors) in networks.items():
+    directories = zip(NETWORKS, (discriminator, generator), strict=True)
+    models = {network: _open_model(network, Path(path)) for network, path in directories}
+    tied = _have_same_embeddings(*(files[0] for _, files in models.values()))
+    values = {"global_step": np.array(step, np.int64)}
+    for network, (config, files) in models.items():
         names = _names_in_upstream(network, config, tied)
-        parameters = set(tensors[0].keys()) - {"generator_lm_head.weight"}
+        parameters = set(files[0].keys()) - {"generator_lm_head.weight"}
         if difference := sorted(parameters ^ set(names.values())):
             message = f"{_shorten(difference)}: missing in or foreign to a {network}"
             raise UsageError(f"{message}; give a complete pre-trained model")
-        variables |= {variable: (pytorch, tensors) for variable, pytorch in names.items()}
+        for variable, pytorch in names.items():
+            arrays = [file.get_tensor(pytorch).astype(np.float32) for file in files]
+            weight, *slots = (a.T if is_transposed(variable) else a for a in arrays)
+            values[variable] = weight
+            for slot, value in zip(SLOTS, slots or [np.zeros_like(weight)] * 2, strict=True):
+                values[f"{variable}/{slot}"] = value
     import tensorflow as tf  # after the checks, which can do without
 
-    values = {"global_step": tf.constant(step, tf.int64)}
-    for variable, (pytorch, files) in variables.items():
-        arrays = [file.get_tensor(pytorch) for file in files]
-        if is_transposed(variable):
-            arrays = [array.T for array in arrays]
-        weight, *slots = (tf.constant(array, tf.float32) for array in arrays)
-        values[variable] = weight
-        for slot, value in zip(SLOTS, slots or [tf.zeros_like(weight)] * 2, strict=True):
-            values[f"{variable}/{slot}"] = value
     tf.raw_ops.SaveV2(
         prefix=str(Path(out) / f"model.ckpt-{step}"),
         tensor_names=list(values),
@@ -333,10 +307,8 @@ def _names_in_upstream(network: Network, config: dict[str, int], tied: bool) -> 
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     projection = config["embedding_size"] != hidden
     if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
-        raise UsageError(
-            f"upstream has no {network} of hidden size {hidden} with {heads} heads and embeddings "
-            f"of its own of size {config['embedding_size']}; such a model cannot be converted"
-        )
+        sizes = f"{hidden} units, {heads} heads and embeddings of size {config['embedding_size']}"
+        raise UsageError(f"upstream has no {network} of {sizes}; such a model cannot be converted")
     layers = config["num_hidden_layers"]
     return mapping(network, layers, projection=projection, tied_embeddings=tied)
 

@@ -14,7 +14,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from electra_wrap import paths, subprocesses
+from electra_wrap import paths, profiles, subprocesses
 from electra_wrap.errors import EnvironmentProblem
 from electra_wrap.profile import Profile
 from electra_wrap.run import Run
@@ -94,7 +94,7 @@ def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str
 
 def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
     """Return `spanish-tiny` on `corpus`, with a smaller model."""
-    return Profile.load(
+    return profiles.load(
         "spanish-tiny",
         [
             f"corpus.source={json.dumps(str(corpus))}",

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from electra_wrap import events
+from electra_wrap import events, profiles
 from electra_wrap.engines import engine_of
 from electra_wrap.pipeline.execute import execute
-from electra_wrap.profile import Profile
 from electra_wrap.run import Run
 
 ENGINES = ("upstream", "native")
+WINDOWS = 8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,7 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", default="spanish-tiny")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--keep-record-files", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     return parser.parse_args()
@@ -78,7 +77,7 @@ def train(
         f"engine={engine}",
         *arguments.set,
     ]
-    run = Run(Profile.load(arguments.profile, overrides), directory)
+    run = Run(profiles.load(arguments.profile, overrides), directory)
     execute(run, until="examples")
     engine_of(run).prepare(run)
     if engine == "upstream" and not arguments.keep_record_files:
@@ -92,7 +91,7 @@ def train(
             times.append(time.perf_counter())
 
     engine_of(run).train(run, [], on_event)
-    windows = np.array_split(np.array(losses), arguments.windows)
+    windows = np.array_split(np.array(losses), WINDOWS)
     return np.array([window.mean() for window in windows]), statistics.median(np.diff(times[10:]))
 
 
@@ -106,9 +105,9 @@ def main() -> None:
             curves[engine].append(curve)
             seconds[engine].append(median)
             print(f"{engine:9} seed {seed}", *(f"{mean:7.3f}" for mean in curve), flush=True)
-    stacked = {engine: np.stack(curve) for engine, curve in curves.items()}
-    between_seeds = max(float(np.ptp(curve, axis=0).max()) for curve in stacked.values())
-    between_engines = np.abs(stacked["native"].mean(0) - stacked["upstream"].mean(0))
+    between_seeds = max(np.ptp(curve, axis=0).max() for curve in curves.values())
+    native, upstream = (np.mean(curves[engine], axis=0) for engine in ("native", "upstream"))
+    between_engines = np.abs(native - upstream)
     print(f"largest difference between seeds of one engine {between_seeds:.3f}")
     print(f"between the engines' means {between_engines.max():.3f}")
     print(f"in the last window, between the engines' means {between_engines[-1]:.3f}")

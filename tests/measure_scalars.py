@@ -10,21 +10,20 @@ that writes TensorBoard's file does not count.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from conftest import TESTS
 
-from electra_wrap import engines, events, subprocesses
+from electra_wrap import engines, events, profiles, subprocesses
 from electra_wrap.files import write_json
 from electra_wrap.monitor.training import TrainingMonitor
 from electra_wrap.pipeline.execute import execute
-from electra_wrap.profile import ENGINE_NAMES, Profile
+from electra_wrap.profile import ENGINE_NAMES
 from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
 from electra_wrap.upstream.hparams import hparams
@@ -38,9 +37,9 @@ arguments = parser.parse_args()
 
 def train(engine: str, directory: Path) -> list[float]:
     """Train a run; return when each step ended, in seconds."""
-    settings = [f"engine={engine}", "train.log_every=2", "train.warmup_steps=0"]
-    settings.append(f"train.steps={arguments.steps}")
-    run = Run(Profile.load(arguments.profile, [*arguments.set, *settings]), directory)
+    settings = [f"engine={engine}", f"train.steps={arguments.steps}"]
+    settings += ["train.log_every=2", "train.warmup_steps=0"]
+    run = Run(profiles.load(arguments.profile, [*arguments.set, *settings]), directory)
     execute(run, until="examples")
     engines.engine_of(run).prepare(run)
     write_json(run.directory / "hparams.json", hparams(run.profile, run.vocab_size))
@@ -54,7 +53,7 @@ def train(engine: str, directory: Path) -> list[float]:
     )
     assert child.stdout
     times: list[float] = []
-    with TrainingMonitor(run, 0, []) as monitor:
+    with TrainingMonitor(run, 0) as monitor:
         for line in child.stdout:
             if event := events.parse(line):
                 monitor(event)
@@ -64,21 +63,13 @@ def train(engine: str, directory: Path) -> list[float]:
     return times
 
 
-log_every = Profile.load(arguments.profile, arguments.set).train.log_every
+log_every = profiles.load(arguments.profile, arguments.set).train.log_every
 for engine in ENGINE_NAMES:
     with tempfile.TemporaryDirectory() as temporary:
         times = train(engine, Path(temporary))
-    # times[i] is the end of step i + 1. Even steps report. The first tenth is start-up.
-    durations = [
-        (step, end - start) for step, (start, end) in enumerate(itertools.pairwise(times), 2)
-    ]
-    durations = durations[len(durations) // 10 :]
-    reporting = statistics.median(seconds for step, seconds in durations if step % 2 == 0)
-    silent = statistics.median(seconds for step, seconds in durations if step % 2)
-    cost = reporting - silent
-    print(
-        f"{engine:9} {1000 * silent:.2f} ms a step, {1000 * reporting:.2f} ms with scalars: "
-        f"{1000 * cost:.2f} ms, {100 * cost / silent:.1f}% of a step, "
-        f"{100 * cost / silent / log_every:.2f}% with one in {log_every}",
-        flush=True,
-    )
+    # The first tenth is start-up. Every other step reports, beginning with step 2.
+    durations = np.diff(times)[len(times) // 20 * 2 :]
+    reporting, silent = np.median(durations[::2]), np.median(durations[1::2])
+    cost = reporting / silent - 1
+    print(f"{engine:9} {1000 * silent:.2f} ms a step, {1000 * reporting:.2f} ms with scalars:")
+    print(f"{cost:.1%} of a step, {cost / log_every:.2%} with one in {log_every}", flush=True)

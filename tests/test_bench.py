@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from electra_wrap import profile
-from electra_wrap.profile import ENGINE_NAMES, EngineName, Profile
+from electra_wrap import profile, profiles
+from electra_wrap.profile import ENGINE_NAMES, EngineName
 from electra_wrap.tools import bench
 
 SMALL = [
@@ -23,9 +23,9 @@ SMALL = [
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
-@pytest.mark.parametrize("name", [name for name, _ in profile.shipped()])
+@pytest.mark.parametrize("name", [name for name, _ in profiles.shipped()])
 def test_profile_for_bench_is_valid(name: str, engine: EngineName, tmp_path: Path) -> None:
-    shipped = Profile.load(name)
+    shipped = profiles.load(name)
     derived = bench.bench_profile(shipped, engine, 120, tmp_path)
     assert derived.engine == engine and derived.train.steps == 120
     assert derived.model == shipped.model
@@ -33,7 +33,7 @@ def test_profile_for_bench_is_valid(name: str, engine: EngineName, tmp_path: Pat
 
 
 def test_profile_for_bench_drops_what_upstream_does_not_support(tmp_path: Path) -> None:
-    native = Profile.load("spanish-tiny", ["train.micro_batches=2", "train.precision=bfloat16"])
+    native = profiles.load("spanish-tiny", ["train.micro_batches=2", "train.precision=bfloat16"])
     derived = bench.bench_profile(native, "upstream", 12, tmp_path)
     assert derived.train.micro_batches == 1 and derived.train.precision == "auto"
     assert bench.bench_profile(native, "native", 12, tmp_path).train.micro_batches == 2
@@ -76,7 +76,7 @@ def test_bench_measures_upstream_engine(cli: Callable[..., Any], upstream: Path)
 
 def test_flops_are_close_to_six_times_weights_and_tokens() -> None:
     """Attention and the generator's output layer come on top: little, at this length."""
-    loaded = Profile.load("spanish-base", ["model.max_seq_length=32"])
+    loaded = profiles.load("spanish-base", ["model.max_seq_length=32"])
     tokens = loaded.train.batch_size * 32
     shapes = [loaded.model.shape(network) for network in profile.NETWORKS]
     matrices = 6 * tokens * sum(shape.matrix_parameters for shape in shapes)

@@ -9,12 +9,12 @@ import pytest
 from conftest import tiny
 from huggingface_hub import ModelCard
 
-from electra_wrap import packages
+from electra_wrap import packages, profiles
 from electra_wrap.engine import Checkpoint
 from electra_wrap.metrics import UPSTREAM
 from electra_wrap.monitor.card import model_card
 from electra_wrap.pipeline.execute import execute
-from electra_wrap.profile import NETWORKS, Profile
+from electra_wrap.profile import NETWORKS
 from electra_wrap.run import Run
 
 
@@ -50,7 +50,7 @@ def test_card_describes_the_model_and_what_it_was_made_from(converted: Run, tmp_
         assert "{" not in text
         profile = tmp_path / "again.toml"
         profile.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
-        again = Profile.load(str(profile)).model_dump()
+        again = profiles.load(str(profile)).model_dump()
         assert again["corpus"].pop("source") == [str(tmp_path / "text.txt")]
         expected = converted.profile.model_dump()
         del expected["corpus"]["source"]

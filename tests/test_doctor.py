@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from electra_wrap.profile import Profile
+from electra_wrap import profiles
 from electra_wrap.run import Run
 from electra_wrap.tools import doctor
 
@@ -38,10 +38,10 @@ def test_without_a_named_profile_nothing_is_missing(
 ) -> None:
     monkeypatch.setattr(doctor, "_gpus", lambda engine: "[1] × GPU")  # asking takes seconds
     overrides = ["tokenizer.source=hf://no/such", "corpus.source=nowhere.txt", "engine=upstream"]
-    profile = Profile.load("spanish-demo", overrides)
+    profile = profiles.load("spanish-demo", overrides)
     monkeypatch.setattr(doctor, "_hub", lambda run: "yes")
     run = Run(profile, tmp_path / "run", upstream=str(tmp_path / "nothing"))
-    findings = list(doctor.examine(run, False))
+    findings = list(doctor.examine(run, named=False))
     statuses = {finding.name: finding.status for finding in findings}
     assert statuses["upstream"] in ("ok", "warning") and statuses["corpus"] == "warning"
     assert "missing" not in statuses.values() and statuses["hub"] == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from electra_wrap import events, files, metrics
+from electra_wrap import events, files, metrics, profiles
 from electra_wrap.data import corpus
 from electra_wrap.engines import checkpoints, is_checkpoint_intact
 from electra_wrap.errors import StageFailed, UsageError
@@ -20,32 +21,15 @@ from electra_wrap.monitor import evaluation, report, scalars, training
 from electra_wrap.pipeline.convert import convert
 from electra_wrap.pipeline.evaluate import evaluate
 from electra_wrap.pipeline.execute import execute
-from electra_wrap.profile import Profile, toml
 from electra_wrap.run import MANIFEST, Run
 
 MakeRun = Callable[..., Run]
 
 #: The scalars of a logged step, for either engine. The first step of a session has no speed.
-TAGS = {
-    "loss/total",
-    "loss/generator",
-    "loss/discriminator",
-    "train/learning_rate",
-    "train/gradient_norm",
-    "generator/accuracy",
-    "discriminator/accuracy",
-    "discriminator/precision",
-    "discriminator/recall",
-    "discriminator/auc",
-    "discriminator/replaced",
-    "memory/gigabytes",
-    "cost/hours",
-    "progress/examples",
-    "progress/epochs",
-    "speed/steps_per_second",
-    "speed/sequences_per_second",
-    "speed/tokens_per_second",
-}
+TAGS = {*metrics.UPSTREAM.values()} - {"generator/sampled_accuracy"}
+TAGS |= {"train/learning_rate", "train/gradient_norm", "discriminator/replaced"}
+TAGS |= {"memory/gigabytes", "cost/hours", "progress/examples", "progress/epochs"}
+TAGS |= {f"speed/{unit}_per_second" for unit in ("steps", "sequences", "tokens")}
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +56,9 @@ def test_tensorboard_reads_every_scalar(learned: Run) -> None:
             assert event.value == pytest.approx(value, rel=1e-6)
     examples = [event.value for event in reader.Scalars("progress/examples")]
     assert examples == [4, 8, 12, 16, 20, 24]
-    texts = {
-        tag: reader.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-        for tag in reader.Tags()["tensors"]
-    }
-    assert "| num_train_steps | 6 |" in texts["hparams"]
-    assert "| model.max_seq_length | 32 |" in texts["profile"]
+    for tag, row in (("hparams", "num_train_steps | 6"), ("profile", "model.max_seq_length | 32")):
+        (text,) = reader.Tensors(tag)[0].tensor_proto.string_val
+        assert f"| {row} |" in text.decode()
 
 
 def test_evaluations_are_recorded_and_repeatable(learned: Run) -> None:
@@ -242,7 +223,7 @@ def test_hours_add_up_over_attempts(make_run: MakeRun, fake_upstream: Path) -> N
 
 
 def test_model_that_does_not_learn_is_stopped(evaluated: Run) -> None:
-    with training.TrainingMonitor(evaluated, 0, []) as monitor:
+    with training.TrainingMonitor(evaluated, 0) as monitor:
         monitor(events.Step(training.PATIENCE, 0.0, {"loss/total": 50.0}))
         with pytest.raises(StageFailed, match=r"does not learn: at step 1,001 the loss is 50\.00"):
             monitor(events.Step(training.PATIENCE + 1, 1.0, {"loss/total": 50.0}))
@@ -267,21 +248,6 @@ def test_text_that_is_in_the_training_text_is_not_used_for_evaluation(
         evaluate(run, None)
 
 
-def test_usage_of_all_gpus_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert training.gpu_usage() == {}
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(
-        '#!/bin/sh\ncase "$*" in *--id=0,2*) echo 250.5, 1000; echo 100, 24;; '
-        '*) echo "[N/A], 3";; esac\n'
-    )
-    smi.chmod(0o755)
-    assert training.gpu_usage() == {}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    gigabytes = pytest.approx(1024 * 2**20 / 1e9)
-    assert training.gpu_usage() == {"cost/watts": 350.5, "memory/gigabytes": gigabytes}
-
-
 def test_report_is_one_file_with_all_results(learned: Run, tmp_path: Path) -> None:
     page = report.write([learned.directory]).read_text(encoding="utf-8")
     external = r'(src|href)="(?!#)|url\((?!#)|@import|<script'
@@ -295,12 +261,25 @@ def test_report_is_one_file_with_all_results(learned: Run, tmp_path: Path) -> No
     assert page.count('<p class="sentence">') == 2
     assert page.count('class="token changed') >= 2, "two sentences, with replaced tokens"
     assert "python -m electra_wrap run --profile m.toml" in page and "pip install" not in page
+    (profile,) = re.findall("m.toml</summary><pre>(.*?)</pre>", page, re.DOTALL)
+    (tmp_path / "m.toml").write_text(html.unescape(profile), encoding="utf-8")
+    assert profiles.load(str(tmp_path / "m.toml")) == learned.profile
+
+
+def test_report_escapes_text(learned: Run, tmp_path: Path) -> None:
     strange = {"description": "<script>alert(1)</script> & ñ"}
     profile = learned.profile.model_copy(update=strange)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "profile.json").write_text(profile.model_dump_json(), encoding="utf-8")
     page = report.write([tmp_path / "run"]).read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; ñ" in page and "<script" not in page
+
+
+def test_report_has_no_curve_of_discarded_steps(evaluated: Run) -> None:
+    with training.TrainingMonitor(evaluated, 0):
+        pass  # training starts again and ends before its first step
+    page = report.write([evaluated.directory]).read_text(encoding="utf-8")
+    assert "<figcaption>Total loss" in page and "<figcaption>Speed" not in page
 
 
 def test_report_shows_the_engine_of_each_evaluation(learned: Run, tmp_path: Path) -> None:
@@ -334,14 +313,8 @@ def test_reports_compare_runs_and_replace_only_reports(learned: Run, tmp_path: P
         report.write([tmp_path])
 
 
-def test_profile_in_the_report_is_that_of_the_run(learned: Run, tmp_path: Path) -> None:
-    profile = tmp_path / "again.toml"
-    profile.write_text(toml(learned.profile.model_dump()), encoding="utf-8")
-    assert Profile.load(str(profile)) == learned.profile
-
-
 def test_long_curves_are_shortened_to_means() -> None:
     curve = np.stack([np.arange(1000.0), np.arange(1000.0) % 2], 1)
-    short = report.shorten(curve, 100)
+    short = report.shorten(curve)
     assert len(short) == 100 and short[:, 1] == pytest.approx(0.5)
-    assert report.shorten(curve[:50], 100).tolist() == curve[:50].tolist()
+    assert report.shorten(curve[:50]).tolist() == curve[:50].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from electra_wrap.native.batches import Batches, Masking
 from electra_wrap.native.checkpoints import checkpoint_path, checkpoint_steps
 from electra_wrap.native.examples import Store
 from electra_wrap.pipeline.execute import execute
-from electra_wrap.profile import NETWORKS
+from electra_wrap.profile import NETWORKS, Model
 from electra_wrap.run import Run
 from electra_wrap.upstream import engine as upstream_engine
 from electra_wrap.upstream import records as upstream_records
@@ -91,11 +92,12 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> Run:
 #: What upstream's graph gave for those steps: samples, losses, and norms of gradients, weights and
 #: slots.
 REFERENCE = TESTS / "reference.json"
+EXPECTED = json.loads(REFERENCE.read_text(encoding="utf-8"))
 
+LOSSES, STATE = ("loss", "generator", "discriminator"), ("model", *weights.SLOTS)
 
-def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return the largest difference as a share of the largest value."""
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+#: The softmax does not depend on a key's bias: its gradient is rounding.
+IGNORED = "attention.self.key.bias"
 
 
 def parameters(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -105,113 +107,100 @@ def parameters(run: Run) -> Iterator[tuple[str, str, str]]:
         projection = shape.embedding_size != shape.hidden_size
         mapping = weights.mapping(network, shape.num_hidden_layers, projection=projection)
         for variable, pytorch in mapping.items():
-            # The softmax does not depend on a key's bias: its gradient is rounding.
-            if not pytorch.endswith("attention.self.key.bias"):
+            if not pytorch.endswith(IGNORED):
                 yield network, variable, pytorch
 
 
-def steps_of_both_engines(run: Run, upstream: Path, out: Path) -> dict[str, float]:
-    """Train both engines on the same batches, masks and samples from the same checkpoint.
+def end_of_training(
+    run: Run, losses: np.ndarray, gradients: dict[str, np.ndarray], end: Path
+) -> dict[str, np.ndarray]:
+    """Return losses, the first step's gradients, and the last weights and slots, by name."""
+    values = {f"loss {name}": losses[:, i] for i, name in enumerate(LOSSES)}
+    for network, _, name in parameters(run):
+        values[f"gradient {network}.{name}"] = gradients[f"{network}.{name}"]
+    for network, file in itertools.product(NETWORKS, STATE):
+        tensors = load_file(end / network / f"{file}.safetensors")
+        values |= {
+            f"{file} {network}.{name}": tensor
+            for name, tensor in tensors.items()
+            if not name.endswith(IGNORED)
+        }
+    return values
 
-    Return the largest differences of losses, gradients, weights and slots, as shares of the largest
-    values. `out` gets the results of both.
-    """
-    samples = out / "samples.npy"
-    if not os.environ.get("ELECTRA_WRAP_RECORD"):
-        np.save(samples, np.array(json.loads(REFERENCE.read_text(encoding="utf-8"))["samples"]))
-    child("native_steps.py", run.directory, out, *([samples] if samples.exists() else []))
+
+def train_native(run: Run, out: Path) -> dict[str, np.ndarray]:
+    """Train the native engine with the recorded samples, if there are any; return its results."""
+    np.save(out / "samples.npy", np.array(EXPECTED["samples"]))
+    recording = os.environ.get("ELECTRA_WRAP_RECORD")
+    child("native_steps.py", run.directory, out, *([] if recording else [out / "samples.npy"]))
+    steps = np.load(out / "steps.npz")
+    losses = np.stack([steps[f"{name}_loss"] for name in LOSSES], 1)
+    return end_of_training(run, losses, dict(np.load(out / "gradients.npz")), out / "end")
+
+
+def train_upstream(run: Run, upstream: Path, out: Path) -> dict[str, np.ndarray]:
+    """Train upstream on the batches, masks and samples of `train_native`; return its results."""
     hparams_file, theirs = out / "hparams.json", out / "theirs"
     hparams_file.write_text(json.dumps(hparams(run.profile, run.vocab_size)), encoding="utf-8")
     theirs.mkdir()
-    recorded = out / "steps.npz"
-    child("upstream_steps.py", upstream, run.directory, "theirs", hparams_file, recorded, theirs)
+    arguments = (hparams_file, out / "steps.npz", theirs)
+    child("upstream_steps.py", upstream, run.directory, "theirs", *arguments)
     test_weights.to_transformers(run.model_dir.with_name("theirs"), theirs / "end", slots=True)
-    steps, losses = np.load(recorded), np.load(theirs / "losses.npz")["losses"]
-    differences = {
-        f"loss {name}": relative(steps[f"{name}_loss"], losses[:, i])
-        for i, name in enumerate(("loss", "generator", "discriminator"))
+    found = np.load(theirs / "gradients.npz")
+    gradients = {
+        f"{network}.{name}": found[v].T if weights.is_transposed(v) else found[v]
+        for network, v, name in parameters(run)
     }
-    gradients, their_gradients = np.load(out / "gradients.npz"), np.load(theirs / "gradients.npz")
-    differences["gradient"] = max(
-        relative(
-            gradients[f"{network}.{pytorch}"],
-            their_gradients[variable].T
-            if weights.is_transposed(variable)
-            else their_gradients[variable],
-        )
-        for network, variable, pytorch in parameters(run)
-    )
-    for file in ("model", *weights.SLOTS):
-        for network in NETWORKS:
-            end, their_end = (
-                load_file(directory / "end" / network / f"{file}.safetensors")
-                for directory in (out, theirs)
-            )
-            assert set(end) == set(their_end)
-            largest = max(
-                relative(end[pytorch], their_end[pytorch])
-                for name, _, pytorch in parameters(run)
-                if name == network
-            )
-            differences[file] = max(differences.get(file, 0.0), largest)
-    return differences
+    losses = np.load(theirs / "losses.npz")["losses"]
+    return end_of_training(run, losses, gradients, theirs / "end")
 
 
-def summary(
-    run: Run, steps: Path, losses: np.ndarray, gradients: dict[str, np.ndarray], end: Path
-) -> dict[str, Any]:
-    """Summarize steps in few numbers. `gradients` are named `{network}.{parameter}`."""
+def summary(run: Run, values: dict[str, np.ndarray], samples: np.ndarray) -> dict[str, Any]:
+    """Summarize a training in few numbers."""
     norms = {}
-    for network, _, pytorch in parameters(run):
-        files = [
-            load_file(end / network / f"{file}.safetensors")[pytorch]
-            for file in ("model", *weights.SLOTS)
-        ]
-        values = [gradients[f"{network}.{pytorch}"], *files, *(f[:1] for f in files)]
-        norms[f"{network}.{pytorch}"] = [float(np.linalg.norm(value)) for value in values]
-    sampled = np.load(steps)["sampled"]
-    return {"samples": sampled.tolist(), "losses": losses.tolist(), "norms": norms}
+    for name in (f"{network}.{name}" for network, _, name in parameters(run)):
+        state = [values[f"{file} {name}"] for file in STATE]
+        tensors = [values[f"gradient {name}"], *state, *(tensor[:1] for tensor in state)]
+        norms[name] = [float(np.linalg.norm(tensor)) for tensor in tensors]
+    losses = np.stack([values[f"loss {name}"] for name in LOSSES], 1)
+    return {"samples": samples.tolist(), "losses": losses.tolist(), "norms": norms}
 
 
-def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["samples"] == expected["samples"]
-    assert np.array(found["losses"]) == pytest.approx(np.array(expected["losses"]), rel=1e-5)
-    assert found["norms"].keys() == expected["norms"].keys()
-    for name, norms in expected["norms"].items():
+def assert_as_recorded(run: Run, values: dict[str, np.ndarray], samples: np.ndarray) -> None:
+    found = summary(run, values, samples)
+    assert found["samples"] == EXPECTED["samples"]
+    assert np.array(found["losses"]) == pytest.approx(np.array(EXPECTED["losses"]), rel=1e-5)
+    assert found["norms"].keys() == EXPECTED["norms"].keys()
+    for name, norms in EXPECTED["norms"].items():
         assert found["norms"][name] == pytest.approx(norms, rel=2e-4), name
 
 
 @pytest.mark.upstream
 def test_twenty_steps_equal_upstreams_graph(upstream: Path, continued: Run, tmp_path: Path) -> None:
-    found = steps_of_both_engines(continued, upstream, tmp_path)
-    assert max(found.values()) < 3e-5, found
-    steps, theirs = np.load(tmp_path / "steps.npz"), np.load(tmp_path / "theirs/gradients.npz")
+    """From the same checkpoint: losses, gradients, weights and slots."""
+    ours = train_native(continued, tmp_path)
+    theirs = train_upstream(continued, upstream, tmp_path)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():  # the largest difference, as a share of the largest value
+        assert np.abs(ours[name] - value).max() < 3e-5 * np.abs(value).max(), name
+    steps = np.load(tmp_path / "steps.npz")
     positions = steps["positions"].reshape(-1, 4)
     assert any(len(set(row[row > 0])) < (row > 0).sum() for row in positions), "some repeat"
     assert (positions == 0).any(), "some examples have fewer"
     assert (steps["sampled"] == 0).any(), "[PAD] is sampled"
-    losses = np.load(tmp_path / "theirs" / "losses.npz")["losses"]
-    gradients = {f"{network}.{pytorch}": theirs[v] for network, v, pytorch in parameters(continued)}
-    end = tmp_path / "theirs" / "end"
-    recorded = summary(continued, tmp_path / "steps.npz", losses, gradients, end)
     if os.environ.get("ELECTRA_WRAP_RECORD"):
+        recorded = summary(continued, theirs, steps["sampled"])
         REFERENCE.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
-    assert_equal(recorded, json.loads(REFERENCE.read_text(encoding="utf-8")))
+    else:
+        assert_as_recorded(continued, theirs, steps["sampled"])
 
 
 def test_twenty_steps_equal_the_recorded_ones(continued: Run, tmp_path: Path) -> None:
     """The same without upstream. `ELECTRA_WRAP_RECORD=1 tox -e upstream` records them again."""
-    expected = json.loads(REFERENCE.read_text(encoding="utf-8"))
-    np.save(tmp_path / "samples.npy", np.array(expected["samples"]))
     ignored = shutil.ignore_patterns(f"step-{START + STEPS}")
     shutil.copytree(continued.directory, tmp_path / "run", ignore=ignored)
-    child("native_steps.py", tmp_path / "run", tmp_path, tmp_path / "samples.npy")
-    steps = np.load(tmp_path / "steps.npz")
-    names = ("loss", "generator", "discriminator")
-    losses = np.stack([steps[f"{name}_loss"] for name in names], 1)
-    gradients = dict(np.load(tmp_path / "gradients.npz"))
-    end = tmp_path / "end"
-    assert_equal(summary(continued, tmp_path / "steps.npz", losses, gradients, end), expected)
+    values = train_native(Run(continued.profile, tmp_path / "run"), tmp_path)
+    assert_as_recorded(continued, values, np.load(tmp_path / "steps.npz")["sampled"])
 
 
 @pytest.mark.parametrize("text", ["many documents", "no document boundary", "odd"])
@@ -294,11 +283,13 @@ def test_a_run_changes_engines_during_training(
     upstream: Path, corpus_text: Path, tmp_path: Path
 ) -> None:
     """Upstream to native to upstream: weights and Adam's slots are handed over bit for bit."""
-    directory = tmp_path / "run"
+
+    def load(engine_name: str, steps: int) -> Run:
+        overrides = (f'engine="{engine_name}"', "train.learning_rate=0.01")
+        return Run(tiny(corpus_text, *overrides, steps=steps), tmp_path / "run")
 
     def train(engine_name: str, steps: int) -> Run:
-        overrides = (f'engine="{engine_name}"', "train.learning_rate=0.01")
-        run = Run(tiny(corpus_text, *overrides, steps=steps), directory)
+        run = load(engine_name, steps)
         execute(run, until="train")
         return run
 
@@ -307,14 +298,13 @@ def test_a_run_changes_engines_during_training(
         return dict(np.load(model_dir / "values.npz"))
 
     train("upstream", 4)
-    overrides = ('engine="native"', "train.learning_rate=0.01")
-    run = Run(tiny(corpus_text, *overrides, steps=4), directory)
+    run = load("native", 4)
     before = variables(run.model_dir)
     theirs, ours = (Checkpoint(name, 4, run.model_dir) for name in ("upstream", "native"))
     upstream_engine.export(run, theirs, tmp_path / "out", optimizer=True)
     engine.import_checkpoint(run, tmp_path / "out", 4)
     engine.export(run, ours, tmp_path / "back", optimizer=True)
-    again = Run(run.profile.model_copy(update={"model_name": "again"}), directory)
+    again = Run(run.profile.model_copy(update={"model_name": "again"}), run.directory)
     again.model_dir.mkdir()
     upstream_engine.import_checkpoint(again, tmp_path / "back", 4)
     after = variables(again.model_dir)
@@ -347,10 +337,8 @@ def test_masks_equal_upstreams(upstream: Path, tmp_path: Path, probability: floa
     ids = random.integers(0, len(tokens), (len(sizes), length))
     ids *= np.arange(length) < sizes[:, None]
     ids[:, 0] = tokens.index("[CLS]")
-    model = tiny(tmp_path, f"model.mask_prob={probability}").model.model_copy(
-        update={"max_seq_length": length}
-    )
-    masking = Masking.of(model, tokens)
+    model = Model(mask_prob=probability, max_seq_length=length)
+    masking = Masking(model, tokens)
     draws, coins = random.random((2, len(sizes), model.max_predictions_per_seq))
     coins = coins.astype(np.float32)
     ids[:, 1] = tokens.index("a")  # a candidate in each
@@ -378,7 +366,7 @@ def test_masks_equal_upstreams(upstream: Path, tmp_path: Path, probability: floa
 
 @pytest.fixture(scope="module")
 def parts() -> Any:
-    return json.loads(child("native_parts.py", "1", "10", "4"))
+    return json.loads(child("native_parts.py"))
 
 
 def test_learning_rates_equal_upstreams(parts: Any) -> None:
@@ -429,21 +417,20 @@ def start(run: Run, *argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def parse_steps(output: str) -> Steps:
+def parse_steps(output: str, kind: type = events.Step) -> Steps:
     """Return the scalars in a trainer's output, except those that depend on the machine."""
-    found = (events.parse(line) for line in output.splitlines())
+    found: Any = map(events.parse, output.splitlines())
     return {
         event.step: {name: v for name, v in event.scalars.items() if "memory" not in name}
         for event in found
-        if isinstance(event, events.Step)
+        if isinstance(event, kind)
     }
 
 
 def parse_evaluation(output: str) -> dict[str, float]:
     """Return the metrics of the one evaluation in a child's output."""
-    found = (events.parse(line) for line in output.splitlines())
-    (evaluation,) = (event for event in found if isinstance(event, events.Evaluation))
-    return evaluation.scalars
+    (scalars,) = parse_steps(output, events.Evaluation).values()
+    return scalars
 
 
 def finish(run: Run, *argv: str) -> Steps:
@@ -675,18 +662,11 @@ def test_a_compiled_model_has_the_same_loss(
 def test_a_store_returns_what_was_written(uninterrupted: tuple[Run, Steps]) -> None:
     run = uninterrupted[0]
     tokens = vocab.read(run.vocabulary)
+    encode = vocab.line_encoder(tokens, **run.profile.tokenizer.normalization)
     built = [
         example
         for number, shard in enumerate(sorted(run.corpus.iterdir()))
-        for example in examples.build(
-            shard,
-            number,
-            tokens,
-            normalization={"lowercase": False, "strip_accents": False},
-            max_length=32,
-            blank_lines_separate_documents=True,
-            seed=0,
-        )
+        for example in examples.build(run.profile, tokens, encode, shard, number)
     ]
     store = Store(run.directory / "examples")
     ids, lengths = store.read(np.arange(len(store)), 32)
@@ -695,43 +675,38 @@ def test_a_store_returns_what_was_written(uninterrupted: tuple[Run, Steps]) -> N
     assert store.sizes(np.arange(len(store))).tolist() == [len(example.ids) for example in built]
 
 
-MASKING = Masking(mask_prob=0.15, max_predictions=4, mask_id=4, special_ids=(2, 3))
+def batches_of(store: Path, batch_size: int, **options: int) -> Batches:
+    model = Model(max_seq_length=32)
+    tokens = list(vocab.SPECIAL_TOKENS)
+    return Batches(Store(store), model, tokens, batch_size=batch_size, seed=5, **options)
 
 
 def test_every_example_comes_once_an_epoch(uninterrupted: tuple[Run, Steps]) -> None:
     """However a batch is divided."""
-    store = Store(uninterrupted[0].directory / "examples")
-    options: dict[str, Any] = {"length": 32, "batch_size": 12, "seed": 5}
-    undivided = Batches(store, MASKING, **options)
-    epochs, size = 3, len(store)
+    store = uninterrupted[0].directory / "examples"
+    undivided = batches_of(store, 12)
+    epochs, size = 3, len(Store(store))
     order = np.concatenate([undivided.examples(step) for step in range(-(-epochs * size // 12))])
     for epoch in range(epochs):
         part = order[epoch * size : (epoch + 1) * size]
         assert (np.sort(part) == np.arange(size)).all() and (part != np.arange(size)).any()
     assert (order[:size] != order[size : 2 * size]).any()
-    divided = [
-        Batches(store, MASKING, **options, micro_batches=3, processes=2, process=process)
-        for process in (0, 1)
-    ]
+    divided = [batches_of(store, 12, micro_batches=3, processes=2, process=i) for i in (0, 1)]
     for step in (0, 40, 41):  # 41 spans two epochs or more
         pieces = [batches[3 * step + micro] for micro in range(3) for batches in divided]
         for name, value in undivided[step].items():
-            joined = (
-                np.concatenate([piece[name] for piece in pieces]) if value.ndim else pieces[0][name]
-            )
-            assert (joined == value).all(), name
+            found = [piece[name] for piece in pieces]
+            assert ((np.concatenate(found) if value.ndim else found[0]) == value).all(), name
 
 
 def test_a_batch_with_nothing_to_mask_is_reported(tmp_path: Path) -> None:
     """[CLS] and [SEP] are never masked."""
     empty, good = examples.Example([2, 3], 2), examples.Example([2, 9, 3], 3)
     examples.write(tmp_path / "good", [empty] * 4 + [good] * 4, 20)
-    batches = Batches(Store(tmp_path / "good"), MASKING, length=8, batch_size=8, seed=0)
-    assert batches[0]["positions"].any()
+    assert batches_of(tmp_path / "good", 8)[0]["positions"].any()
     examples.write(tmp_path / "empty", [empty] * 8, 20)
-    batches = Batches(Store(tmp_path / "empty"), MASKING, length=8, batch_size=4, seed=0)
     with pytest.raises(StageFailed, match="no example of step 1 has a token that could be masked"):
-        batches[0]
+        batches_of(tmp_path / "empty", 4)[0]
 
 
 def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from electra_wrap import paths, profile
+from electra_wrap import paths, profile, profiles
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import Profile
 from electra_wrap.upstream.hparams import hparams
 
 BASE = """
@@ -38,21 +37,21 @@ def base(tmp_path: Path) -> str:
 
 def error(name: str, *overrides: str) -> str:
     with pytest.raises(UsageError) as raised:
-        Profile.load(name, overrides)
+        profiles.load(name, overrides)
     message = str(raised.value)
     assert "\n" not in message and "\0" not in message
     return message
 
 
-@pytest.mark.parametrize("name", [name for name, _ in profile.shipped()])
+@pytest.mark.parametrize("name", [name for name, _ in profiles.shipped()])
 def test_shipped_profiles_load_and_describe_themselves(name: str) -> None:
-    loaded = Profile.load(name)
+    loaded = profiles.load(name)
     assert len(loaded.description) > 20
     json.dumps(loaded.model_dump())
 
 
 def test_shipped_profiles() -> None:
-    assert [name for name, _ in profile.shipped()] == [
+    assert [name for name, _ in profiles.shipped()] == [
         "spanish-base",
         "spanish-demo",
         "spanish-small",
@@ -62,7 +61,7 @@ def test_shipped_profiles() -> None:
 
 
 def test_spanish_demo_has_the_tutorials_values() -> None:
-    demo = Profile.load("spanish-demo")
+    demo = profiles.load("spanish-demo")
     values = hparams(demo, 119_547)
     assert demo.corpus.max_lines == 1_000_000
     assert (values["vocab_size"], values["max_seq_length"]) == (119_547, 128)
@@ -72,7 +71,7 @@ def test_spanish_demo_has_the_tutorials_values() -> None:
 
 def test_hparams_have_json_types(base: str) -> None:
     """A non-empty string is true in upstream's config: "false" would evaluate."""
-    values = json.loads(json.dumps(hparams(Profile.load(base), 30_522)))
+    values = json.loads(json.dumps(hparams(profiles.load(base), 30_522)))
     assert (values["do_train"], values["do_eval"], values["use_tpu"]) == (True, False, False)
     assert [key for key, value in values.items() if isinstance(value, str)] == ["model_size"]
 
@@ -80,8 +79,8 @@ def test_hparams_have_json_types(base: str) -> None:
 @pytest.mark.upstream
 def test_hparams_are_keys_of_upstream(upstream: Path) -> None:
     source = (upstream / "configure_pretraining.py").read_text(encoding="utf-8")
-    for name, _ in profile.shipped():
-        for key in hparams(Profile.load(name), 100):
+    for name, _ in profiles.shipped():
+        for key in hparams(profiles.load(name), 100):
             assert f"self.{key} = " in source, key
 
 
@@ -97,7 +96,7 @@ def test_hparams_are_keys_of_upstream(upstream: Path) -> None:
 def test_sizes_of_both_networks(
     base: str, size: str, generator: float, expected: list[tuple[int, ...]]
 ) -> None:
-    loaded = Profile.load(base, [f"model.size={size}", f"model.generator_hidden_size={generator}"])
+    loaded = profiles.load(base, [f"model.size={size}", f"model.generator_hidden_size={generator}"])
     keys = (
         "embedding_size",
         "hidden_size",
@@ -177,7 +176,7 @@ def test_extends_inherits_and_refuses_cycles(tmp_path: Path, base: str) -> None:
     child.write_text(
         'extends = "base"\nmodel_name = "other"\n[train]\nsteps = 50\n', encoding="utf-8"
     )
-    loaded = Profile.load(str(child), ["train.seed=3"])
+    loaded = profiles.load(str(child), ["train.seed=3"])
     assert (
         loaded.model_name,
         loaded.train.steps,
@@ -195,20 +194,20 @@ def test_extends_with_suffix_is_relative_to_its_file(
     child.write_text('extends = "base.toml"\nmodel_name = "other"\n', encoding="utf-8")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    loaded = Profile.load("../child.toml")
+    loaded = profiles.load("../child.toml")
     assert (loaded.model_name, loaded.train.steps) == ("other", 100)
 
 
 def test_new_source_drops_digest_and_size_of_the_former(tmp_path: Path) -> None:
     given = ["tokenizer.vocab_size=900", "tokenizer.source=train", "tokenizer.lowercase=true"]
-    tokenizer = Profile.load("spanish-demo", given).tokenizer
+    tokenizer = profiles.load("spanish-demo", given).tokenizer
     assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size, tokenizer.lowercase) == (
         "train",
         None,
         900,
         True,
     )
-    tokenizer = Profile.load(
+    tokenizer = profiles.load(
         "spanish-tiny", ["tokenizer.source=/v.txt", "tokenizer.sha256=" + "a" * 64]
     ).tokenizer
     assert (tokenizer.source, tokenizer.sha256, tokenizer.vocab_size) == ("/v.txt", "a" * 64, None)
@@ -220,10 +219,10 @@ def test_last_override_wins() -> None:
         "tokenizer.sha256=" + "a" * 64,
         "tokenizer.source=hf://b",
     ]
-    tokenizer = Profile.load("spanish-tiny", given).tokenizer
+    tokenizer = profiles.load("spanish-tiny", given).tokenizer
     assert (tokenizer.source, tokenizer.sha256) == ("hf://b", "a" * 64)
     assert (
-        Profile.load(
+        profiles.load(
             "spanish-tiny", ["train=5", "train={steps=90,warmup_steps=1}", "train.steps=80"]
         ).train.steps
         == 80
@@ -236,8 +235,8 @@ def test_relative_paths_start_from_the_file_that_sets_them(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert Profile.load(base).corpus.source == str(tmp_path / "text.txt")
-    loaded = Profile.load(
+    assert profiles.load(base).corpus.source == str(tmp_path / "text.txt")
+    loaded = profiles.load(
         base, ['corpus.source=["a.txt", "hf://x", "/b.txt"]', "tokenizer.source=v.txt"]
     )
     assert loaded.corpus.source == [str(elsewhere / "a.txt"), "hf://x", "/b.txt"]
@@ -249,7 +248,8 @@ def test_unknown_and_broken_profiles(tmp_path: Path) -> None:
     assert "no profile file" in error("./nowhere.toml")
     assert "no profile file" in error("~nobody-of-that-name/nowhere.toml")
     assert (
-        Profile.load("spanish-tiny", ["corpus.source=~nobody-of-that-name"]).corpus.source[0] == "/"
+        profiles.load("spanish-tiny", ["corpus.source=~nobody-of-that-name"]).corpus.source[0]
+        == "/"
     )
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = = 3", encoding="utf-8")
@@ -263,7 +263,7 @@ def test_unknown_and_broken_profiles(tmp_path: Path) -> None:
 @given(st.text(max_size=40))
 def test_any_override_is_valid_or_one_line(text: str) -> None:
     try:
-        Profile.load("spanish-tiny", [text])
+        profiles.load("spanish-tiny", [text])
     except UsageError as raised:
         assert "\n" not in str(raised)
 
@@ -285,7 +285,7 @@ SOME_KEYS = [
 )
 def test_any_value_is_valid_or_one_line(key: str, value: object) -> None:
     try:
-        Profile.load("spanish-tiny", [f"{key}={json.dumps(value)}"])
+        profiles.load("spanish-tiny", [f"{key}={json.dumps(value)}"])
     except UsageError as raised:
         assert "\n" not in str(raised)
 
@@ -329,7 +329,7 @@ def test_any_damage_is_valid_or_one_line(tmp_path: Path, data: st.DataObject) ->
 
 def load_or_refuse(path: Path) -> None:
     try:
-        loaded = Profile.load(str(path))
+        loaded = profiles.load(str(path))
     except UsageError as raised:
         assert "\n" not in str(raised)
     else:
@@ -354,7 +354,7 @@ def load_or_refuse(path: Path) -> None:
 )
 def test_secret_in_a_url_is_refused_and_not_printed(base: str, source: str, secret: bool) -> None:
     try:
-        Profile.load(base, [f'corpus.source="{source}"'])
+        profiles.load(base, [f'corpus.source="{source}"'])
     except UsageError as raised:
         assert (
             secret

@@ -53,7 +53,6 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.sent = 0
-        self.requests: list[str | None] = []
         self.paths: list[str] = []
         self.breaks: list[int] = []
         self.ranges = True
@@ -79,39 +78,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, content = self.server, self.server.files.get(self.path.partition("?")[0])
-        server.requests.append(self.headers.get("Range"))
         server.paths.append(self.path)
-        if content is None or server.status != 200:
-            self.send_response(404 if content is None else server.status)
-            code = "RepoNotFound" if "nada" in self.path else "EntryNotFound"
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start, end = 0, len(content)
-        if server.ranges and (
-            match := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        ):
-            start, end = int(match[1]), min(end, int(match[2]) + 1)
-            self.send_response(206 if start < end else 416)
-            end = max(start, end)
-            self.send_header(
-                "Content-Range", f"bytes {start}-{end - 1}/{server.total or len(content)}"
-            )
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(end - start))
-        self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        for name, value in server.headers.items():
+        status = server.status if content is not None else 404
+        etag = hashlib.md5(content or b"").hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 40, **server.headers}
+        body = content if content and status == 200 else b""
+        if status != 200:
+            headers["X-Error-Code"] = "RepoNotFound" if "nada" in self.path else "EntryNotFound"
+        elif server.ranges and (bounds := re.findall(r"\d+", self.headers.get("Range", ""))):
+            start, end, total = int(bounds[0]), int(bounds[1]) + 1, len(body)
+            body = body[start:end]
+            status = 206 if body else 416
+            last = start + len(body) - 1
+            headers["Content-Range"] = f"bytes {start}-{last}/{server.total or total}"
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        most = server.breaks.pop(0) if server.breaks else end - start
-        self.wfile.write(content[start : min(end, start + most)])
-        server.sent += min(end - start, most)
-        if most < end - start:
+        sent = body[: server.breaks.pop(0)] if server.breaks and body else body
+        self.wfile.write(sent)
+        server.sent += len(sent)
+        if sent != body:
             time.sleep(0.1)  # so that the client gets all bytes before the connection closes
             self.close_connection = True
             server.after()
@@ -132,6 +121,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def read(name: str, sha256: str | None = None) -> bytes:
     with contextlib.closing(sources.Stream(name, sha256)) as stream:
         return b"".join(iter(lambda: stream.readline(1000), b""))
+
+
+def shard(tmp_path: Path, *names: str, **keys: Any) -> dict[str, int]:
+    """Write sources to one shard in `text`; return the counts."""
+    settings = Corpus(source="x", shards=1, **keys)
+    return corpus.shard(names, tmp_path / "text", tmp_path / "heldout", settings)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -164,17 +159,16 @@ def test_broken_transfers_continue(server: Server, suffix: str, ranges: bool) ->
 def test_failing_transfers_are_reported(server: Server) -> None:
     url = server.url("es.txt", TEXT)
     server.breaks = [1000] + [0] * 6
-    with pytest.raises(
-        EnvironmentProblem, match=r"es\.txt cannot be read beyond byte [0-9,]+ .*; run"
-    ):
+    expected = r"es\.txt cannot be read beyond byte [0-9,]+ .*; run"
+    with pytest.raises(EnvironmentProblem, match=expected):
         read(url)
     server.status = 503
     with pytest.raises(EnvironmentProblem, match="503"):
         read(url)
-    server.status, before = 403, len(server.requests)
+    server.status, before = 403, len(server.paths)
     with pytest.raises(EnvironmentProblem, match="403"):
         read(url)
-    assert len(server.requests) == before + 1, "a refused request is not repeated"
+    assert len(server.paths) == before + 1, "a refused request is not repeated"
     with pytest.raises(UsageError, match="no such file"):
         read(f"{url}.gz")
 
@@ -187,11 +181,10 @@ def test_unusual_servers_are_supported(server: Server) -> None:
     assert read(url) == TEXT
     server.total, server.headers = None, {"Content-Encoding": "gzip"}
     assert read(server.url("es.gz", gzip.compress(TEXT))) == TEXT, "the file is compressed"
-    server.status = 429
-    before = len(server.requests)
+    server.status, before = 429, len(server.paths)
     with pytest.raises(EnvironmentProblem, match="429"):
         read(url)
-    assert len(server.requests) == before + 4, "too many requests: repeated later"
+    assert len(server.paths) == before + 4, "too many requests: repeated later"
 
 
 def test_a_file_that_changes_during_the_transfer_is_refused(server: Server) -> None:
@@ -217,9 +210,7 @@ def test_max_lines_ends_the_transfer(server: Server, tmp_path: Path) -> None:
     """Of text that is compressed to 12 MB, one line in a hundred costs the first block."""
     lines = [hashlib.sha256(i.to_bytes(3, "little")).hexdigest() for i in range(320_000)]
     content = gzip.compress("\n".join(lines).encode(), 1)
-    settings = Corpus(source="x", shards=2, max_lines=3200, blank_lines_separate_documents=False)
-    url = server.url("es.gz", content)
-    counts = corpus.shard([url], tmp_path / "text", tmp_path / "heldout", settings)
+    counts = shard(tmp_path, server.url("es.gz", content), max_lines=3200)
     assert counts["lines"] == 3200 and len(content) > 10_000_000
     assert server.sent == sources.FIRST_BLOCK
 
@@ -230,9 +221,9 @@ def test_urls_of_other_file_systems_and_their_globs_are_read(tmp_path: Path) -> 
         memory.pipe(f"/texts/{number}{suffix}", COMPRESS[suffix](f"texto {number}\n".encode()))
     names = corpus.find_sources(["memory://texts/*"], tmp_path)
     assert names == ["memory://texts/*"]
-    corpus.shard(names, tmp_path / "text", tmp_path / "heldout", Corpus(source="x", shards=1))
-    shard = (tmp_path / "text" / "part-00000.txt").read_text(encoding="utf-8")
-    assert shard == "".join(f"texto {number}\n\n" for number in range(len(COMPRESS)))
+    shard(tmp_path, *names)
+    text = (tmp_path / "text" / "part-00000.txt").read_text(encoding="utf-8")
+    assert text == "".join(f"texto {number}\n\n" for number in range(len(COMPRESS)))
     with pytest.raises(UsageError, match="matches nothing"):
         sources.expand("memory://texts/*.txt.gz")
     with pytest.raises(UsageError, match=r"Protocol not known: nowhere"):
@@ -249,10 +240,8 @@ def test_a_data_set_is_read_from_a_hub(server: Server, cli: Any, tmp_path: Path)
         for revision in ("main", "0" * 40):
             server.url(f"datasets/ana/textos/resolve/{revision}/{name}", content)
     commit = "0" * 40
-    listed = [
-        {"type": "file", "path": name, "oid": commit, "size": len(content)}
-        for name, content in files.items()
-    ]
+    common = {"type": "file", "oid": commit}
+    listed = [{**common, "path": name, "size": len(content)} for name, content in files.items()]
     server.url(f"api/datasets/ana/textos/tree/{commit}", json.dumps(listed).encode())
     siblings = [{"rfilename": name} for name in files]
     about = {"id": "ana/textos", "sha": commit, "private": False, "siblings": siblings}
@@ -262,10 +251,8 @@ def test_a_data_set_is_read_from_a_hub(server: Server, cli: Any, tmp_path: Path)
     arguments = ("run", "--until", "corpus", "--run-dir", "r", "--set", "corpus.shards=1", "--set")
     done = cli(*arguments, "corpus.source=hf://datasets/ana/textos@main::train:texto", env=hub)
     assert done.returncode == 0, done.stderr
-    held_out, text = (
-        (tmp_path / "r" / name / "part-00000.txt").read_text() for name in ("heldout", "corpus")
-    )
-    assert sorted(f"{held_out}{text}".split("\n\n")) == ["", "Tres.", "Uno.\nDos."]
+    text = "".join(path.read_text() for path in (tmp_path / "r").glob("*/part-00000.txt"))
+    assert sorted(text.split("\n\n")) == ["", "Tres.", "Uno.\nDos."]
     missing = cli(*arguments, "corpus.source=hf://datasets/ana/nada", env=hub)
     assert missing.returncode == 2 and "ana/nada" in missing.stderr.splitlines()[-1]
 
@@ -285,8 +272,7 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     (tmp_path / "es" / "es.jsonl").write_text(lines, encoding="utf-8")
     name = f"{sources.DATASET}{tmp_path}/es::train:texto"
     assert read(name).decode() == "Uno.\nDos.\nTres.\n\n\n\nCuatro.\n\nCinco.\n\n"
-    settings = Corpus(source="x", shards=1)
-    counts = corpus.shard([name], tmp_path / "text", tmp_path / "heldout", settings)
+    counts = shard(tmp_path, name)
     assert (counts["lines"], counts["documents"]) == (5, 3)
     with pytest.raises(UsageError, match=r"no text in a column 'text'; there are texto"):
         sources.Stream(f"{sources.DATASET}{tmp_path}/es")
@@ -295,13 +281,19 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
         sources.Stream(f"{sources.DATASET}a:b:c:d:e")
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(EnvironmentProblem, match=r"needs: pip install -e '\.\[datasets\]'"):
+        sources.Stream("hf://datasets/ana/textos")
+
+
 def test_secrets_in_urls_are_not_written(
     server: Server, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = server.url("es.txt", TEXT).replace("es.txt", "es.txt?token=${CORPUS_TOKEN}")
     monkeypatch.setenv("CORPUS_TOKEN", "hunter2")
-    settings = (f'corpus.source="{url}"', "tokenizer.vocab_size=300")
-    arguments = ("run", "--run-dir", "run", "--set", settings[0], "--set", settings[1])
+    settings = ("--set", f'corpus.source="{url}"', "--set", "tokenizer.vocab_size=300")
+    arguments = ("run", "--run-dir", "run", *settings)
     assert cli(*arguments, "--until", "corpus").returncode == 0
     assert "/es.txt?token=hunter2" in server.paths
     done = cli(*arguments, "--until", "vocab")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tensorboard import program
 
 from electra_wrap import paths
 from electra_wrap.monitor import scalars
+from electra_wrap.tools import tensorboard
 
 
 @pytest.fixture
@@ -40,39 +43,28 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def read_tags(port: int) -> dict[str, dict[str, object]]:
-    url = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
-    with urllib.request.urlopen(url) as response:
-        tags: dict[str, dict[str, object]] = json.load(response)
-    return tags
-
-
 def test_runs_are_served_side_by_side(runs: list[str], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tags: dict[str, dict[str, object]] = {}
-    server = start(tmp_path, *runs, "--port", str(port))
+    server = start(tmp_path, *runs, "--port", "0")
+    assert server.stdout
     try:
+        line = server.stdout.readline()  # nothing of TensorFlow before it
+        assert line.startswith("TensorBoard")
+        url = re.findall(r"http://127\.0\.0\.1:\d+/", line)[0] + "data/plugin/scalars/tags"
+        tags: dict[str, dict[str, object]] = {}
         for _ in range(240):
-            time.sleep(0.25)
-            try:
-                tags = read_tags(port)
-            except OSError:
-                assert server.poll() is None
+            with urllib.request.urlopen(url) as response:
+                tags = json.load(response)
             if len(tags) == 4:
                 break
-        prefix = str(tmp_path).strip("/").replace("/", " ")
-        directories = [f"{prefix} {name.replace('/', ' ')}" for name in runs]
-        kinds = ("train", "eval")
-        assert set(tags) == {f"{name}/m/{kind}" for name in directories for kind in kinds}
-        assert all(set(names) == {"loss/total"} for names in tags.values())
+            time.sleep(0.25)
     finally:
         server.send_signal(signal.SIGINT)
         output, _ = server.communicate(timeout=60)
-    # Nothing of TensorFlow.
-    lines = output.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("TensorBoard") and str(port) in lines[0]
+    prefix = str(tmp_path).strip("/").replace("/", " ")
+    directories = [f"{prefix} {name.replace('/', ' ')}" for name in runs]
+    assert set(tags) == {f"{name}/m/{kind}" for name in directories for kind in ("train", "eval")}
+    assert all(set(names) == {"loss/total"} for names in tags.values())
+    assert output == "" and server.returncode == 0
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1, 3])
@@ -83,6 +75,16 @@ def test_interrupt_ends_quietly(runs: list[str], tmp_path: Path, seconds: float)
     output, _ = server.communicate(timeout=60)
     assert server.returncode in (0, 130)
     assert "Traceback" not in output and output.count("\n") <= 1
+
+
+def test_interrupt_while_tensorboard_starts_is_no_error(
+    runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        program.TensorBoard, "main", lambda self: signal.raise_signal(signal.SIGINT)
+    )
+    with pytest.raises(SystemExit, match="130"):
+        tensorboard.serve([tmp_path / runs[0]], "127.0.0.1", None)
 
 
 def test_port_in_use_is_an_error(runs: list[str], tmp_path: Path) -> None:

@@ -52,21 +52,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus_text: Path, upstre
     return run
 
 
-def train_other(run: Run, model_name: str, **changes: Any) -> list[float]:
-    """Train another model on a run's data, with changed hparams; return its losses."""
+def train_other(run: Run, model_name: str, **changes: Any) -> list[dict[str, float]]:
+    """Train another model on a run's data, with changed hparams; return its steps' scalars."""
     values = hparams(run.profile, run.vocab_size) | changes
     train = run.profile.train.model_copy(update={"steps": values["num_train_steps"]})
     profile = run.profile.model_copy(update={"model_name": model_name, "train": train})
-    losses: list[float] = []
-
-    def on_event(event: events.Event) -> None:
-        assert isinstance(event, events.Step)
-        losses.append(event.scalars["loss/total"])
-
+    logged: list[events.Event] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "hparams", lambda profile, vocab_size: values)
-        engine.train(Run(profile, run.directory), [], on_event)
-    return losses
+        engine.train(Run(profile, run.directory), [], logged.append)
+    return [step.scalars for step in logged]
 
 
 def logged_losses(run: Run) -> list[float]:
@@ -162,7 +157,9 @@ def test_blank_lines_separate_documents_as_the_profile_says(finished: Run, tmp_p
         out.mkdir()
         jobs = {"numbers": [0, 1], "workers": 2, "inputs": {}}
         engine.build_examples(run, run.corpus, out, jobs, log, lambda event: None)
-        sizes[value] = sum(metadata(parts.part_path(out, n))["examples"] for n in (0, 1))
+        sizes[value] = sum(
+            parts.read_metadata(out / part)["examples"] for part in ("00000", "00001")
+        )
     # No document has the length of an example. Cut at each document, examples have less text.
     assert sizes[True] > 1.05 * sizes[False]
     command = log.read_text(encoding="utf-8").split("\n$ ")[-1].splitlines()[0]
@@ -174,12 +171,6 @@ def test_blank_lines_separate_documents_as_the_profile_says(finished: Run, tmp_p
         check=False,
     )
     assert done.returncode == 2 and "invalid bool value: 'no'" in done.stderr
-
-
-def metadata(part: Path) -> dict[str, Any]:
-    found = parts.read_metadata(part)
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -205,18 +196,8 @@ def test_fast_script_writes_the_records_of_the_slow_one(
     strip_accents: bool,
 ) -> None:
     """Byte for byte, with empty lines, dropped characters, CJK, and long and unknown words."""
-    odd = [
-        *SPANISH,
-        "\u200b\u200d",
-        "una [MASK] y [SEP]",
-        "x " * 100,
-        "",
-        "",
-        "中文。Ωμέγας\u0301 ﬁn\xad",
-        "ñ" * 201,
-        "½°§«a»—b_c",
-        "a+b=c $5 co\xadma x\xa0y\x07z",
-    ]
+    odd = [*SPANISH, "\u200b\u200d", "una [MASK] y [SEP]", "x " * 100, "", "", "ñ" * 201]
+    odd += ["中文。Ωμέγας\u0301 ﬁn\xad", "½°§«a»—b_c", "a+b=c $5 co\xadma x\xa0y\x07z"]
     text = tmp_path / "text"
     text.mkdir()
     lines = corpus_text.read_text(encoding="utf-8").split("\n")[:300]
@@ -241,18 +222,17 @@ def test_fast_script_writes_the_records_of_the_slow_one(
     slow, fast = tmp_path / "slow", tmp_path / "fast"
     fast.mkdir()
     jobs = json.dumps({"numbers": [0], "workers": 1, "inputs": {}})
-    fast_script = upstream / "build_pretraining_dataset.py"
+    environment = subprocesses.child_environment({})
     for command in (
-        [slow_script, *arguments, f"--output-dir={slow}"],
-        [fast_script, *arguments, f"--output-dir={fast}", f"--jobs={jobs}"],
+        [slow_script, f"--output-dir={slow}"],
+        [upstream / slow_script.name, f"--output-dir={fast}", f"--jobs={jobs}"],
     ):
-        env = subprocesses.child_environment({})
-        subprocess.run([sys.executable, *command], env=env, check=True)
+        subprocess.run([sys.executable, *command, *arguments], env=environment, check=True)
     written = sorted(slow.iterdir())
     assert len(written) == 3
     for file in written:
         assert file.read_bytes() == (fast / "00000" / file.name).read_bytes()
-    assert metadata(fast / "00000")["examples"] > 100
+    assert parts.read_metadata(fast / "00000")["examples"] > 100
 
 
 def test_failing_process_fails_the_stage(finished: Run, tmp_path: Path) -> None:
@@ -284,25 +264,19 @@ def character_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def upstream_tokens(
     upstream: Path, character_vocabulary: Path
 ) -> Iterator[Callable[..., list[list[str]]]]:
-    server = subprocess.Popen(
-        [sys.executable, TESTS / "children" / "upstream_tokens.py", upstream, character_vocabulary],
-        env=subprocesses.child_environment({}),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdin and server.stdout
+    script, pipe = TESTS / "children" / "upstream_tokens.py", subprocess.PIPE
+    command = [sys.executable, script, upstream, character_vocabulary]
+    environment = subprocesses.child_environment({})
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as server:
 
-    def tokenize(
-        lowercase: bool, strip_accents: bool, *texts: str, words: bool = False
-    ) -> list[list[str]]:
-        assert server.stdin and server.stdout
-        server.stdin.write(json.dumps([lowercase, strip_accents, texts, words]) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
+        def tokenize(
+            lowercase: bool, strip_accents: bool, *texts: str, words: bool = False
+        ) -> list[list[str]]:
+            request = [lowercase, strip_accents, texts, words]
+            print(json.dumps(request), file=server.stdin, flush=True)
+            return json.loads(server.stdout.readline())
 
-    yield tokenize
-    server.communicate()
+        yield tokenize
 
 
 @CASES
@@ -313,9 +287,8 @@ def test_transformers_gives_the_tokens_of_training(
     lowercase: bool,
     strip_accents: bool,
 ) -> None:
-    tokens = vocab.read(character_vocabulary)
     rules = {"lowercase": lowercase, "strip_accents": strip_accents}
-    vocab.write_tokenizer(tmp_path, tokens, max_length=32, **rules)
+    vocab.write_tokenizer(tmp_path, vocab.read(character_vocabulary), max_length=32, **rules)
     (tmp_path / "config.json").write_text('{"model_type": "electra"}', encoding="utf-8")
     answer = json.loads(child("hf_tokens.py", tmp_path, *SPANISH, HF_HUB_OFFLINE="1"))
     assert answer["auto"] == answer["fast"] == upstream_tokens(lowercase, strip_accents, *SPANISH)
@@ -325,11 +298,8 @@ def test_transformers_gives_the_tokens_of_training(
 def known_to_differ(character: str) -> bool:
     """The tokenizers library has an older Unicode, and an error in a range of CJK."""
     point = ord(character)
-    new = unicodedata.ucd_3_2_0.category(character) == "Cn"
-    rare = (
-        unicodedata.category(character) in {"Po", "Ps", "Pe", "Pd", "Cf", "Mn", "Mc"}
-        and point >= 0x600
-    )
+    new = point >= 0x600 and unicodedata.ucd_3_2_0.category(character) == "Cn"
+    rare = unicodedata.category(character) in {"Po", "Ps", "Pe", "Pd", "Cf", "Mn", "Mc"}
     return (new and rare) or 0x2B820 <= point < 0x2B920 or point in {0x166D, 0x1734, 0x1885, 0x1886}
 
 
@@ -353,47 +323,21 @@ def test_every_character_is_normalized_as_in_training(
     assert len(characters) > 140_000 and len(differ) < 800
 
 
-#: Text that is hard to tokenize: marks, CJK, controls, zero width, emoji, NBSP, long words.
+#: Alphabets of text that is hard to tokenize.
+ALPHABETS = [
+    [*"ΣσςΑΐ-. ", "α'", "Σ’", "Α\u0301", "\u0301"],
+    "aáñÑÜßİıÅǅﬁŉ\u0301\u0308\u0327\u0345\u200b\u200d\u2060\ufeff\xad\xa0\u3000",
+    "一丁〇、。가각豈\U00020000\U0002ceb0\U0002f800\u3400\uff21\uff0c",
+    "\x00\x01\x07\t\n\r\x0b\x0c\x1c\x7f\x85\u2028\u2029\ufffd\ue000\U000e0001",
+    "😀👍🏽🇪🇸❤\ufe0f¿¡«»—…'’`^$€©%+<=>|~\\",
+]
+WORDS = ["a" * 200, "á" * 201, "pájaros", "Los", "hablando", "niño", "ΣΑΣ", "[CLS", "MASK]", "##s"]
+ANY_CHARACTER = st.characters(exclude_categories=["Cs", "Cn"])
 TEXTS = st.lists(
     st.one_of(
-        st.lists(st.sampled_from([*"ΣσςΑΐ-. ", "α'", "Σ’", "Α\u0301", "\u0301"]), max_size=4).map(
-            "".join
-        ),
-        st.text(
-            st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda c: not known_to_differ(c)),
-            max_size=12,
-        ),
-        st.text(
-            st.sampled_from(
-                "aáñÑÜßİıÅǅﬁŉ\u0301\u0308\u0327\u0345\u200b\u200d\u2060\ufeff\xad\xa0\u3000"
-            ),
-            max_size=8,
-        ),
-        st.text(
-            st.sampled_from("一丁〇、。가각豈\U00020000\U0002ceb0\U0002f800\u3400\uff21\uff0c"),
-            max_size=5,
-        ),
-        st.text(
-            st.sampled_from(
-                "\x00\x01\x07\t\n\r\x0b\x0c\x1c\x7f\x85\u2028\u2029\ufffd\ue000\U000e0001"
-            ),
-            max_size=5,
-        ),
-        st.text(st.sampled_from("😀👍🏽🇪🇸❤\ufe0f¿¡«»—…'’`^$€©%+<=>|~\\"), max_size=5),
-        st.sampled_from(
-            [
-                "a" * 200,
-                "á" * 201,
-                "pájaros",
-                "Los",
-                "hablando",
-                "niño",
-                "ΣΑΣ",
-                "[CLS",
-                "MASK]",
-                "##s",
-            ]
-        ),
+        *(st.lists(st.sampled_from(alphabet), max_size=6).map("".join) for alphabet in ALPHABETS),
+        st.text(ANY_CHARACTER.filter(lambda c: not known_to_differ(c)), max_size=12),
+        st.sampled_from(WORDS),
     ),
     max_size=8,
 ).map(" ".join)
@@ -452,7 +396,8 @@ def test_training_continues_at_the_same_loss_after_a_round_trip(
     test_weights.to_tensorflow(tmp_path / "hf", models / "back", step=step)
     shutil.copytree(finished.model_dir, models / "copy")
     losses = [train_other(finished, name, num_train_steps=step + 1) for name in ("copy", "back")]
-    assert len(losses[0]) == 1 and losses[0] == losses[1]
+    (copied,), (back,) = losses
+    assert copied["loss/total"] == back["loss/total"]
 
 
 def test_damaged_record_stops_training(finished: Run, tmp_path: Path) -> None:
@@ -472,8 +417,7 @@ def test_imported_records_are_verified_and_copied(finished: Run, tmp_path: Path)
     examples = finished.results(finished.examples_record)["examples"]
     assert engine.import_records(finished, records, tmp_path / "imported") == examples
     assert finished.digest(tmp_path / "imported") == finished.digest(records)
-    model = finished.profile.model.model_copy(update={"max_seq_length": 16})
-    other = Run(finished.profile.model_copy(update={"model": model}), finished.directory)
+    other = Run(tiny(tmp_path, "model.max_seq_length=16"), finished.directory)
     with pytest.raises(UsageError, match=r"examples of 32 tokens .* the profile says 16"):
         engine.import_records(other, records, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -507,10 +451,12 @@ def test_interrupted_training_saves_and_resumes(
     assert f"the same command resumes at step {kept[-1].step:,}" in error.splitlines()[-1]
 
 
-def test_learning_rate_uses_the_step_before_it_advances(upstream: Path) -> None:
+def test_learning_rate_uses_the_step_before_it_advances(finished: Run) -> None:
     """Read after the step advanced, the learning rate would warm up a step too early."""
-    rates = json.loads(child("learning_rates.py", upstream))
-    assert rates == pytest.approx([0.0, 0.25 * 0.9, 0.5 * 0.8, 0.75 * 0.7, 0.6])
+    settings = {"learning_rate": 1.0, "num_warmup_steps": 4, "num_train_steps": 10}
+    logged = train_other(finished, "rates", **settings)
+    rates = [scalars["train/learning_rate"] for scalars in logged]
+    assert rates[:5] == pytest.approx([0.0, 0.25 * 0.9, 0.5 * 0.8, 0.75 * 0.7, 0.6])
 
 
 def test_tpu_is_refused(finished: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ def variables(
 
     None is at its initial value, so that each one matters.
     """
-    random = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {}
 
     def dense(name: str, n: int, m: int) -> None:
@@ -48,9 +48,8 @@ def variables(
     for scope, width in (("electra", hidden), ("generator", generator_hidden)):
         e = embedding if scope == "electra" or tied else generator_hidden
         if scope == "electra" or not tied:
-            shapes[f"{scope}/embeddings/word_embeddings"] = (vocabulary, e)
-            shapes[f"{scope}/embeddings/position_embeddings"] = (512, e)
-            shapes[f"{scope}/embeddings/token_type_embeddings"] = (2, e)
+            for table, rows in (("word", vocabulary), ("position", 512), ("token_type", 2)):
+                shapes[f"{scope}/embeddings/{table}_embeddings"] = (rows, e)
             norm(f"{scope}/embeddings/LayerNorm", e)
         if e != width:
             dense(f"{scope}/embeddings_project", e, width)
@@ -67,12 +66,13 @@ def variables(
     dense("generator_predictions/dense", generator_hidden, e)
     norm("generator_predictions/LayerNorm", e)
     shapes["generator_predictions/output_bias"] = (vocabulary,)
+    random = np.random.default_rng(0)
     values = {
         name: (random.normal(0, deviation, shape) + name.endswith("gamma")).astype(np.float32)
         for name, shape in shapes.items()
     }
-    slots = {f"{name}/adam_m": np.zeros_like(value) for name, value in list(values.items())[:3]}
-    return {**values, **slots, "global_step": np.int64(3)}
+    slot = {"generator_predictions/output_bias/adam_m": np.zeros(vocabulary, np.float32)}
+    return {**values, **slot, "global_step": np.int64(3)}
 
 
 def checkpoints(values: dict[Path, dict[str, Any]]) -> None:
@@ -208,17 +208,6 @@ def test_round_trip_is_bit_identical(tmp_path: Path) -> None:
             assert after[f"{name}/adam_m"].shape == before[name].shape
 
 
-def test_every_variable_is_used_once(good: tuple[Path, dict[str, Any]]) -> None:
-    shapes = {name: value.shape for name, value in good[1].items()}
-    used: set[str] = set()
-    for network in NETWORKS:
-        _, names = weights.describe(network, shapes)
-        assert len(names) == len(set(names.values()))
-        used |= set(names)
-    unused = {name for name in shapes if name not in used}
-    assert unused == {"global_step", *(name for name in shapes if name.endswith("adam_m"))}
-
-
 def test_config_is_read_from_the_checkpoint(good: tuple[Path, dict[str, Any]]) -> None:
     shapes = {name: value.shape for name, value in good[1].items()}
     shapes["electra/embeddings/position_embeddings"] = (48, 32)
@@ -232,8 +221,6 @@ def test_config_is_read_from_the_checkpoint(good: tuple[Path, dict[str, Any]]) -
         config, _ = weights.describe(network, shapes)
         assert [config[key] for key in keys] == expected[network]
     assert weights.describe("discriminator", shapes, heads=4)[0]["num_attention_heads"] == 4
-    with pytest.raises(UsageError, match="128 is not divisible by 3 heads"):
-        weights.describe("discriminator", shapes, heads=3)
 
 
 def test_convert_writes_models_and_tokenizer(
@@ -259,21 +246,6 @@ def test_convert_writes_models_and_tokenizer(
     assert sorted(path.name for path in hf.iterdir()) == ["discriminator", "generator"]
 
 
-def test_written_file_is_read_by_the_safetensors_library(tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-
-    tensors = {
-        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
-        "a": np.float32([7.5]),
-        "ñ": np.ones((1, 1, 2)),
-    }
-    shapes = {name: value.shape for name, value in tensors.items()}
-    weights._write(tmp_path / "x.safetensors", shapes, tensors.values())
-    loaded = load_file(tmp_path / "x.safetensors")
-    assert loaded.keys() == tensors.keys()
-    assert all(np.array_equal(loaded[name], value) for name, value in tensors.items())
-
-
 def test_find_prefix(tmp_path: Path) -> None:
     released = tmp_path / "released"
     released.mkdir()
@@ -286,10 +258,10 @@ def test_find_prefix(tmp_path: Path) -> None:
     assert weights.find_prefix(str(tmp_path)) == f"{tmp_path}/model.ckpt-90"
     of_step_100 = weights.find_prefix(str(tmp_path), 100)
     assert of_step_100 == weights.find_prefix(f"{tmp_path}/model.ckpt-100.index")
-    with pytest.raises(UsageError, match="no checkpoints of step 7"):
+    with pytest.raises(UsageError, match="has no checkpoint of step 7"):
         weights.find_prefix(str(tmp_path), 7)
     (tmp_path / "checkpoint").unlink()
-    with pytest.raises(UsageError, match=r"2 checkpoints \(model.ckpt-100, model.ckpt-90\)"):
+    with pytest.raises(UsageError, match=r"has model\.ckpt-100, model\.ckpt-90; give"):
         weights.find_prefix(str(tmp_path))
 
 
@@ -297,37 +269,24 @@ class Case(NamedTuple):
     """A checkpoint that does not convert: what its error says, and what is wrong with it."""
 
     error: str
-    change: Callable[[dict[str, Any]], Any] = lambda values: None
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
     damage: Callable[[Path], Any] = lambda directory: None
     options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
 
 
-def rename(start: str, new: str | None) -> Callable[[dict[str, Any]], None]:
-    def change(values: dict[str, Any]) -> None:
-        for name in [name for name in values if name.startswith(start)]:
-            value = values.pop(name)
-            if new is not None:
-                values[new + name.removeprefix(start)] = value
-
-    return change
+def rename(old: str, new: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda values: {name.replace(old, new): value for name, value in values.items()}
 
 
-def remove(start: str) -> Callable[[dict[str, Any]], None]:
-    return rename(start, None)
+def remove(start: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda values: {n: value for n, value in values.items() if not n.startswith(start)}
 
 
-def put(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda values: values.update({name: value})
-
-
-def truncate(directory: Path) -> None:
-    path = directory / DATA
-    path.write_bytes(path.read_bytes()[:-2000])
+def put(name: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda values: values | {name: value}
 
 
 INDEX, DATA = "model.ckpt-3.index", "model.ckpt-3.data-00000-of-00001"
-
-INCOMPLETE = "not a complete checkpoint"
 
 BROKEN = [
     Case("lacks electra/encoder/layer_1", remove("electra/encoder/layer_1/output/dense/bias")),
@@ -337,48 +296,37 @@ BROKEN = [
     Case("has no generator", remove("generator")),
     Case("has no discriminator", rename("electra/", "bert/")),
     Case("not finite", put("generator_predictions/output_bias", np.full(90, np.nan))),
-    Case(INCOMPLETE, damage=truncate),
-    Case(INCOMPLETE, damage=lambda directory: (directory / DATA).unlink()),
-    Case(INCOMPLETE, damage=lambda directory: (directory / INDEX).write_text("text")),
-    Case("no checkpoint", damage=lambda directory: (directory / INDEX).unlink()),
+    Case("not a complete checkpoint", damage=lambda d: os.truncate(d / DATA, 200_000)),
+    Case("not a complete checkpoint", damage=lambda d: (d / DATA).unlink()),
+    Case("not a complete checkpoint", damage=lambda d: (d / INDEX).write_text("text")),
+    Case("no checkpoint", damage=lambda d: (d / INDEX).unlink()),
     Case("vocab_size is 90, but 6 is expected", options={"vocabulary": "../other.txt"}),
     Case("not divisible by 3 heads", options={"heads": 3}),
     Case("has an effect with --lowercase only", options={"strip_accents": True}),
     Case("exists; choose another --out", damage=lambda d: (d / "hf/generator").mkdir(parents=True)),
-    Case("fix that and run again", damage=lambda directory: (directory / "hf").touch()),
-    Case("", put("generator_predictions/temperature", np.float32(1))),  # this one converts
+    Case("hf", damage=lambda d: (d / "hf").touch()),
+    Case("", put("generator_predictions/temperature", np.float32(1))),  # converts
 ]
 
 
 def test_unsuitable_checkpoints_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     tokens = [*vocab.SPECIAL_TOKENS, "a"]
     (tmp_path / "other.txt").write_text("\n".join(tokens), encoding="utf-8")
-    directories = [tmp_path / str(number) for number in range(len(BROKEN))]
-    values = {directory: variables(128, 64, 32) for directory in directories}
-    for case, directory in zip(BROKEN, directories, strict=True):
-        case.change(values[directory])
-    checkpoints(values)
-    for case, directory in zip(BROKEN, directories, strict=True):
+    cases = {tmp_path / str(number): case for number, case in enumerate(BROKEN)}
+    values = variables(128, 64, 32)
+    checkpoints({directory: case.change(values) for directory, case in cases.items()})
+    for directory, case in cases.items():
         case.damage(directory)
-    before = [set(directory.rglob("*")) for directory in directories]
-    jobs = [(str(d), case.options) for case, d in zip(BROKEN, directories, strict=True)]
+    before = set(tmp_path.rglob("*"))
+    jobs = [(str(directory), case.options) for directory, case in cases.items()]
     errors = json.loads(child("convert_each.py", stdin=json.dumps(jobs)))
-    for case, error, directory, files in zip(BROKEN, errors, directories, before, strict=True):
+    for error, (directory, case) in zip(errors, cases.items(), strict=True):
         if case.error:
             assert error and case.error in error and "\n" not in error, (case.error, error)
-            assert set(directory.rglob("*")) - files <= {directory / "hf"}
+            assert set(directory.rglob("*")) - before <= {directory / "hf"}
         else:
             assert error is None
             assert (directory / "hf" / "generator" / "model.safetensors").is_file()
-
-
-def test_checkpoint_of_another_profile_is_refused(
-    good: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    expected = {"generator": {"hidden_size": 128}}
-    with pytest.raises(UsageError, match="generator's hidden_size is 64, but 128 is expected"):
-        to_transformers(good[0], tmp_path / "hf", expected=expected)
-    assert not (tmp_path / "hf").exists()
 
 
 def test_models_that_are_not_one_electra_are_refused(
@@ -389,7 +337,7 @@ def test_models_that_are_not_one_electra_are_refused(
     to_transformers(good[0], tmp_path / "heads", heads={"discriminator": 4})
     other_heads = tmp_path / "heads" / "discriminator"
     for pair, message in (
-        ((other_heads, generator), "upstream has no discriminator .* with 4 heads"),
+        ((other_heads, generator), "upstream has no discriminator of 128 units, 4 heads"),
         ((generator, discriminator), "missing in or foreign to a discriminator"),
         ((discriminator, tmp_path), "no generator of transformers"),
     ):
@@ -403,13 +351,3 @@ def test_wrong_arguments_of_convert_are_one_line(cli: Any, tmp_path: Path) -> No
     for arguments in (["nowhere"], ["empty"], ["a", "b"], ["a", "--to-tf"], ["a", "b", "--to-tf"]):
         done = cli("convert", *arguments, "--out", "hf")
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-
-
-def test_mapping_names() -> None:
-    """What a reader would look for first."""
-    names = weights.mapping("generator", 3, projection=True)
-    key = "generator/encoder/layer_2/attention/self/key/kernel"
-    assert names[key] == "electra.encoder.layer.2.attention.self.key.weight"
-    assert weights.is_transposed(key) and not weights.is_transposed(key.replace("kernel", "bias"))
-    assert names["electra/embeddings/LayerNorm/gamma"] == "electra.embeddings.LayerNorm.weight"
-    assert names["generator/embeddings_project/bias"] == "electra.embeddings_project.bias"

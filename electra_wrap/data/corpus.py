@@ -63,10 +63,10 @@ def find_sources(names: Iterable[str], exclude: Path) -> list[str]:
     Directories stand for their *.txt at any depth, or for upstream's records if they have no text.
     Nothing under `exclude`, the run directory, is returned. UsageError if a name matches nothing.
     """
-    found: list[str] = []
+    resolved: list[str] = []
     for name in names:
         if sources.is_remote(name):
-            found.append(name)
+            resolved.append(name)
             continue
         path = Path(name)
         if path.is_dir():
@@ -81,12 +81,9 @@ def find_sources(names: Iterable[str], exclude: Path) -> list[str]:
             files = sorted(Path(match) for match in matches if Path(match).is_file())
         files = [p.absolute() for p in files if not p.resolve().is_relative_to(exclude)]
         if not files:
-            raise UsageError(
-                f"corpus.source = {name!r} has no text; give files, globs, URLs or directories "
-                "with *.txt"
-            )
-        found += map(str, files)
-    return list(dict.fromkeys(found))
+            raise UsageError(f"corpus.source = {name!r} has no text; give *.txt files or URLs")
+        resolved += map(str, files)
+    return list(dict.fromkeys(resolved))
 
 
 def shard(
@@ -129,9 +126,8 @@ def shard(
     sharder = write(piece_lines, share)
     if share and sharder.is_one_sided and not settings.blank_lines_separate_documents:
         lines = round(sharder.counts["lines"] * min(share, 0.5))
-        if lines < piece_lines:
-            piece_lines = max(1, lines)
-            sharder = write(piece_lines, share)
+        piece_lines = max(1, min(lines, piece_lines))
+        sharder = write(piece_lines, share)
     low, high = sharder.fractions
     if share and sharder.is_one_sided and (low < high or low < share):
         sharder = write(piece_lines, min(max(share, math.nextafter(low, 1)), high))
@@ -206,10 +202,8 @@ class _Sharder:
         """Count a bad line; return whether to skip it. UsageError if the profile says "stop"."""
         self.counts[kind] += 1
         if self._settings.bad_lines == "stop":
-            raise UsageError(
-                f"{name}: line {self._read_lines:,} of the corpus is one of the {COUNTS[kind]}; "
-                'fix it, or set corpus.bad_lines to "repair" or "skip"'
-            )
+            line = f"{name}: line {self._read_lines:,} of the corpus is one of the {COUNTS[kind]}"
+            raise UsageError(f'{line}; fix it, or set corpus.bad_lines to "repair" or "skip"')
         return self._settings.bad_lines == "skip"
 
     def _add_line(self, raw: bytes, name: str) -> None:
@@ -252,9 +246,9 @@ class _Sharder:
         """Whether to leave out a text because it was seen before. Counts it."""
         if kind != self._settings.deduplicate:
             return False
-        number = len(self._digests)
-        self._digests.add(hashlib.blake2b(text, digest_size=12).digest())
-        is_duplicate = len(self._digests) == number
+        digest = hashlib.blake2b(text, digest_size=12).digest()
+        is_duplicate = digest in self._digests
+        self._digests.add(digest)
         self.counts[f"duplicate_{kind}"] += is_duplicate
         return is_duplicate
 
@@ -293,13 +287,10 @@ def _refuse_other_formats(name: str, beginning: bytes) -> None:
 
 def seen_share(text: Path, held_out: Path) -> float:
     """Return the share of held-out bytes in lines that the shards in `text` have, too."""
-    lines: collections.Counter[bytes] = collections.Counter()
-    for line in _lines(held_out):
-        lines[line] += len(line)
-    unseen = dict(lines)
-    for line in _lines(text):
-        unseen.pop(line, None)
-    return 1 - sum(unseen.values()) / max(1, lines.total())
+    counts = collections.Counter(_lines(held_out))
+    sizes = {line: count * len(line) for line, count in counts.items()}
+    seen = {line for line in _lines(text) if line in sizes}
+    return sum(map(sizes.__getitem__, seen)) / max(1, sum(sizes.values()))
 
 
 def _lines(directory: Path) -> Iterator[bytes]:

@@ -55,7 +55,7 @@ def build(
 
 def _build(out: Path, number: int, inputs: dict[str, Any]) -> None:
     part = part_path(out, number)
-    # Another machine may have been told to build the same part.
+    # Another machine may build the same part.
     with files.lock(out / f"{number:05d}.lock", wait=True):
         if files.is_intact(part / CHECKSUMS):
             return

@@ -141,8 +141,8 @@ def _describe(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _unavailable(what: str, error: Exception) -> EnvironmentProblem:
-    return EnvironmentProblem(f"{what} ({_describe(error)}); run again later")
+def _unavailable(problem: str, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(f"{problem} ({_describe(error)}); run again later")
 
 
 def _is_http(url: str) -> bool:
@@ -203,8 +203,8 @@ class _Remote(_Raw):
                 status, pause = getattr(error, "status", 0), next(pauses, None)
                 refused = 400 <= status < 500 and status not in (408, 429)
                 if pause is None or refused:
-                    what = f"{self._url} cannot be read beyond byte {self._position:,}"
-                    raise _unavailable(what, error) from None
+                    problem = f"{self._url} cannot be read beyond byte {self._position:,}"
+                    raise _unavailable(problem, error) from None
                 time.sleep(pause)
 
     def _read(self, number: int) -> bytes:
@@ -290,13 +290,12 @@ def _open_dataset(source: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise EnvironmentProblem(f"{source} needs: pip install 'electra-wrap[datasets]'") from None
-    name, *options = source.removeprefix(DATASET).split(":")
-    if not name or len(options) > 3:
+        raise EnvironmentProblem(f"{source} needs: pip install -e '.[datasets]'") from None
+    name, config, split, column, *rest = [*source.removeprefix(DATASET).split(":"), "", "", ""]
+    if not name or any(rest):
         raise UsageError(f"{source} is not {DATASET}NAME[:CONFIG[:SPLIT[:COLUMN]]]; correct it")
-    config, split, column = [*options, "", "", ""][:3]
-    column = column or "text"
     name, _, revision = name.partition("@")
+    column = column or "text"
     for library in ("datasets", "huggingface_hub"):  # they log each retry
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()

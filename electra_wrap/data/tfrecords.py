@@ -5,39 +5,34 @@ As a module, `python -m electra_wrap.data.tfrecords` answers calls of `count_exa
 
 from __future__ import annotations
 
+import io
 import itertools
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 
 from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
 
-#: Names of upstream's record files, which may be given in place of text.
+#: Names of upstream's record files, which may be given in place of text: then N-of-M.
 RECORD_GLOB = "pretrain_data.tfrecord-*"
 
 
-class RecordWriter:
-    """Writes a TFRecord file, in the way of `tf.io.TFRecordWriter`.
+class RecordWriter(io.BufferedWriter):
+    """Writes a TFRecord file. It has the methods of `tf.io.TFRecordWriter`.
 
     A record is its length in 8 bytes, their checksum in 4, its content, and the content's checksum.
     """
 
     def __init__(self, path: str) -> None:
-        self._file = Path(path).open("wb")  # noqa: SIM115 - `close` closes it
+        super().__init__(io.FileIO(path, "wb"))
 
-    def write(self, record: bytes) -> None:
+    def write(self, record: Any) -> int:
         length = struct.pack("<Q", len(record))
-        self._file.write(length + _masked_crc(length) + record + _masked_crc(record))
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        return super().write(length + _masked_crc(length) + record + _masked_crc(record))
 
 
 def _masked_crc(content: bytes) -> bytes:
@@ -65,12 +60,8 @@ def read(directory: Path, length: int, vocab_size: int) -> Iterator[tuple[Sequen
     """
     import tensorflow as tf
 
-    paths = {
-        int(match[1]): path
-        for path in directory.iterdir()
-        if (match := re.search(r"\.tfrecord-(\d+)-of-\d+$", path.name))
-    }
-    files = [tf.compat.v1.io.tf_record_iterator(str(paths[n])) for n in sorted(paths)]
+    paths = sorted(directory.glob(RECORD_GLOB), key=lambda path: int(path.name.split("-")[1]))
+    files = [tf.compat.v1.io.tf_record_iterator(str(path)) for path in paths]
     try:
         for record in itertools.chain.from_iterable(itertools.zip_longest(*files)):
             if record is None:  # this file has fewer records than others
@@ -78,22 +69,17 @@ def read(directory: Path, length: int, vocab_size: int) -> Iterator[tuple[Sequen
             features = tf.train.Example.FromString(record).features.feature
             ids = features["input_ids"].int64_list.value
             if len(ids) != length or max(ids) >= vocab_size:
-                raise UsageError(
-                    f"{directory} has examples of {len(ids)} tokens up to id "
-                    f"{max(ids, default=-1)}, the profile says {length} tokens and the "
-                    f"vocabulary has {vocab_size}; correct the profile"
-                )
+                actual = f"examples of {len(ids)} tokens up to id {max(ids, default=-1)}"
+                expected = f"the profile says {length} tokens and the vocabulary has {vocab_size}"
+                raise UsageError(f"{directory} has {actual}, {expected}; correct the profile")
             size = sum(features["input_mask"].int64_list.value)
             second = sum(features["segment_ids"].int64_list.value)
             if size <= 2 + bool(second):  # [CLS], and a [SEP] for each segment
-                raise UsageError(
-                    f"{directory} has examples without a token to predict; build them again"
-                )
+                raise UsageError(f"{directory} has examples without a token; build them again")
             yield ids[:size], size - second
     except tf.errors.OpError as error:
-        raise UsageError(
-            f"{directory}: the records are damaged ({error.message}); build them again"
-        ) from None
+        problem = f"{directory}: the records are damaged ({error.message})"
+        raise UsageError(f"{problem}; build them again") from None
 
 
 def count_examples(directory: str, length: int, vocab_size: int) -> int:

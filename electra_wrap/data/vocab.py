@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,9 @@ def _download(repository: str) -> Path:
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UsageError(f"hf://{repository}: {_reason(error)}; correct tokenizer.source") from None
     except (OSError, RuntimeError) as error:
-        raise EnvironmentProblem(
-            f"hf://{repository} cannot be fetched ({_reason(error)}); "
-            "with a local copy: --set tokenizer.source=PATH/vocab.txt"
-        ) from None
+        problem = f"hf://{repository} cannot be fetched ({_reason(error)})"
+        hint = "use a local copy: --set tokenizer.source=PATH/vocab.txt"
+        raise EnvironmentProblem(f"{problem}; {hint}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -132,28 +131,23 @@ def _reason(error: Exception) -> str:
 
 
 def train(
-    corpus: Path,
-    target: Path,
-    *,
-    vocab_size: int,
-    lowercase: bool,
-    strip_accents: bool,
-    sample_bytes: int | None,
+    corpus: Path, target: Path, *, vocab_size: int, sample_bytes: int | None, **normalization: bool
 ) -> None:
     """Train a WordPiece vocabulary on the shards in `corpus`, or on a sample of them.
 
     It has at most `vocab_size` tokens. The same text gives the same vocabulary: left to itself, the
     trainer numbers the characters inside words in the order of a hash table and breaks ties
     between merges by these numbers, so it is given them as special tokens, in order.
+    `normalization`, here and below, is that of `profile.Tokenizer`.
     """
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    normalizer, pre_tokenizer = _text_steps(lowercase, strip_accents)
+    normalizer, pre_tokenizer = _text_steps(**normalization)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    words: collections.Counter[str] = collections.Counter()
-    for line in sample(corpus, sample_bytes):
-        words.update(line.split())
+    words = collections.Counter(
+        word for line in sample(corpus, sample_bytes) for word in line.split()
+    )
     characters: collections.Counter[str] = collections.Counter()
     inside: set[str] = set()
     for word, number in words.items():
@@ -174,19 +168,21 @@ def train(
     tokenizer.train_from_iterator(sample(corpus, sample_bytes), trainer)
     ids = tokenizer.get_vocab()
     if len(ids) > vocab_size:
-        raise UsageError(
-            f"tokenizer.vocab_size = {vocab_size} is less than the corpus has characters "
-            f"({len(ids)}); choose more"
-        )
-    write_text(target, "".join(f"{token}\n" for token in sorted(ids, key=ids.__getitem__)))
+        problem = f"tokenizer.vocab_size = {vocab_size} is less than the {len(ids)} characters"
+        raise UsageError(f"{problem} of the corpus; choose more")
+    _write(target, sorted(ids, key=ids.__getitem__))
     read(target)
+
+
+def _write(path: Path, tokens: Iterable[str]) -> None:
+    write_text(path, "".join(f"{token}\n" for token in tokens))
 
 
 def sample(corpus: Path, max_bytes: int | None) -> Iterator[str]:
     """Yield the lines of the shards in `corpus`.
 
-    Of more than about `max_bytes`, only those of `STRETCHES` stretches at equal distances in each
-    shard.
+    If they have more than about `max_bytes`, yield those of `STRETCHES` stretches at equal
+    distances in each shard.
     """
     shards = sorted(corpus.glob("*.txt"))
     sizes = [path.stat().st_size for path in shards]
@@ -207,21 +203,18 @@ def sample(corpus: Path, max_bytes: int | None) -> Iterator[str]:
 
 
 def measure(
-    corpus: Path, tokens: list[str], *, lowercase: bool, strip_accents: bool, max_seq_length: int
+    corpus: Path, tokens: list[str], *, max_seq_length: int, **normalization: bool
 ) -> dict[str, float]:
     """Return how a vocabulary fits a sample of the shards in `corpus`; empty without text.
 
-    That is the number of tokens for each word between spaces, the share of tokens that are [UNK],
-    and the share that is cut off: upstream cuts lines to `max_seq_length` - 2 tokens.
+    That is the mean number of tokens in a word (what is between spaces), the share of tokens that
+    are [UNK], and the share that is cut off: upstream cuts lines to `max_seq_length` - 2 tokens.
     """
-    tokenizer = build_tokenizer(tokens, lowercase=lowercase, strip_accents=strip_accents)
-    tokenizer.encode_special_tokens = True
-    cache = WordCache(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
-    unk_id = tokens.index("[UNK]")
+    encode, unk_id = line_encoder(tokens, **normalization), tokens.index("[UNK]")
     words = total = unknown = cut = 0
     for line in map(str.strip, sample(corpus, MEASURED_BYTES)):
         if line:
-            ids = cache.ids(line)
+            ids = encode(line)
             words += line.count(" ") + 1
             total += len(ids)
             unknown += ids.count(unk_id)
@@ -236,20 +229,19 @@ def measure(
 
 
 def write_tokenizer(
-    directory: Path, tokens: list[str], *, lowercase: bool, strip_accents: bool, max_length: int
+    directory: Path, tokens: list[str], *, max_length: int, **normalization: bool
 ) -> None:
     """Write vocab.txt and tokenizer files with which transformers gives text the ids of training.
 
     The class is PreTrainedTokenizerFast, which uses tokenizer.json as it is. ElectraTokenizer would
     rebuild its tokenizer from vocab.txt, with at most 100 characters a word.
     """
-    tokenizer = build_tokenizer(tokens, lowercase=lowercase, strip_accents=strip_accents)
-    write_text(directory / "vocab.txt", "".join(f"{token}\n" for token in tokens))
-    write_text(directory / "tokenizer.json", tokenizer.to_str())
+    _write(directory / "vocab.txt", tokens)
+    write_text(directory / "tokenizer.json", build_tokenizer(tokens, **normalization).to_str())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "do_lower_case": lowercase,
-        "strip_accents": strip_accents,
+        "do_lower_case": normalization["lowercase"],
+        "strip_accents": normalization["strip_accents"],
         "tokenize_chinese_chars": True,
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
@@ -258,7 +250,14 @@ def write_tokenizer(
     write_json(directory / "tokenizer_config.json", config)
 
 
-def build_tokenizer(tokens: list[str], *, lowercase: bool, strip_accents: bool) -> Any:
+def line_encoder(tokens: list[str], **normalization: bool) -> Callable[[str], list[int]]:
+    """Return a function from a line to its ids. Special tokens in it are plain text."""
+    tokenizer = build_tokenizer(tokens, **normalization)
+    tokenizer.encode_special_tokens = True
+    return WordCache(lambda word: tokenizer.encode(word, add_special_tokens=False).ids).ids
+
+
+def build_tokenizer(tokens: list[str], **normalization: bool) -> Any:
     """Return a `tokenizers.Tokenizer` that equals upstream's FullTokenizer.
 
     It adds [CLS] and [SEP] to a text or a pair of texts.
@@ -268,20 +267,19 @@ def build_tokenizer(tokens: list[str], *, lowercase: bool, strip_accents: bool) 
     ids = {token: number for number, token in enumerate(tokens)}
     model = models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _text_steps(lowercase, strip_accents)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _text_steps(**normalization)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
-    )
+    special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
-def _text_steps(lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
+def _text_steps(*, lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
     """Return the normalizer and the pre-tokenizer that equal upstream's BasicTokenizer."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 

@@ -7,28 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from electra_wrap import __version__
 from electra_wrap.data import corpus, sources
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import ENGINES
 from electra_wrap.metrics import UPSTREAM
 from electra_wrap.monitor import evaluation
-from electra_wrap.profile import NETWORKS, Network, toml
+from electra_wrap.monitor.templates import render
+from electra_wrap.profile import Network, toml
 from electra_wrap.run import Run
 
-#: A hub's task for each network (a discriminator has none before it is fine-tuned), and the type
-#: and name of the task by which it is evaluated.
-PIPELINES: dict[Network, str | None] = {"discriminator": None, "generator": "fill-mask"}
-TASKS = {
+#: Type and name of the task by which a network is evaluated.
+_TASKS = {
     "discriminator": ("token-classification", "replaced token detection"),
     "generator": ("fill-mask", "masked language modelling"),
 }
 
-
 #: A hub's types of metrics, where our name is another one.
-METRIC_TYPES = {"auc": "roc_auc", "sampled_accuracy": "accuracy"}
+_METRIC_TYPES = {"auc": "roc_auc", "sampled_accuracy": "accuracy"}
 
 #: A data set on a hub, and a source on this machine that is written as a URL.
 _DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+|[\w.-]+)([@:]|$)")
@@ -37,17 +33,15 @@ _LOCAL_URL = re.compile(r"(file|local)://|hf://datasets//")
 
 def model_card(run: Run, network: Network, checkpoint: Checkpoint) -> str:
     """Return the README.md of a network that was exported from a checkpoint."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     public = _public_profile(run)
     evaluated_by, evaluated = evaluation.find(run, checkpoint)
-    metrics = {name: evaluated.get(name, math.nan) for name in UPSTREAM.values()}
-    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    text = environment.get_template("model_card.md").render(
+    metrics = {
+        name: evaluated[name]
+        for name in UPSTREAM.values()
+        if math.isfinite(evaluated.get(name, math.nan))
+    }
+    return render(
+        "model_card.md",
         metadata=_metadata(run, network, metrics),
         run=run,
         profile=run.profile,
@@ -55,18 +49,14 @@ def model_card(run: Run, network: Network, checkpoint: Checkpoint) -> str:
         checkpoint=checkpoint,
         engines=ENGINES,
         trained_by=_trained_by(run, checkpoint),
-        parameters=run.profile.parameters(network, run.vocab_size),
-        sources=public["corpus"]["source"],
-        tokenizer_source=public["tokenizer"]["source"],
+        public=public,
         count_meanings=corpus.COUNTS,
-        shapes={each: run.profile.model.shape(each) for each in NETWORKS},
         metrics=metrics,
         evaluated_by=evaluated_by,
-        examples=evaluated.get("examples"),
+        evaluated=evaluated,
         toml=toml(public),
         versions=_versions(run),
     )
-    return text.encode("utf-8", "replace").decode()  # file names need not be valid Unicode
 
 
 def _trained_by(run: Run, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
@@ -83,7 +73,7 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
     """Return the YAML that a hub reads."""
     from huggingface_hub import EvalResult, ModelCardData  # takes a third of a second
 
-    task_type, task_name = TASKS[network]
+    task_type, task_name = _TASKS[network]
     results = []
     for name, value in metrics.items():
         family, kind = name.split("/")
@@ -93,7 +83,7 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
                 task_name=task_name,
                 dataset_type="held-out",
                 dataset_name="held-out text of the corpus",
-                metric_type="loss" if family == "loss" else METRIC_TYPES.get(kind, kind),
+                metric_type="loss" if family == "loss" else _METRIC_TYPES.get(kind, kind),
                 metric_name=name,
                 metric_value=round(value, 6),
             )
@@ -102,7 +92,8 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
     data = ModelCardData(
         language=run.profile.language.partition("-")[0],  # a hub knows no regions
         library_name="transformers",
-        pipeline_tag=PIPELINES[network],
+        # A discriminator has no task on a hub before it is fine-tuned.
+        pipeline_tag="fill-mask" if network == "generator" else None,
         tags=["electra", network, "pretraining"],
         datasets=datasets or None,
         model_name=f"{run.profile.model_name}-{network}" if results else None,
@@ -119,15 +110,14 @@ def _versions(run: Run) -> dict[str, str]:
     return {"electra_wrap": __version__, **dict(sorted(versions.items()))}
 
 
-def _public(source: str) -> str:
-    """Return a source without the paths of this machine."""
-    is_public = sources.is_remote(source) and not _LOCAL_URL.search(source)
-    return source if is_public else Path(source).name
-
-
 def _public_profile(run: Run) -> dict[str, Any]:
     """Return the values of the profile without the paths of this machine."""
+
+    def public(source: str) -> str:
+        is_public = sources.is_remote(source) and not _LOCAL_URL.search(source)
+        return source if is_public else Path(source).name
+
     values = run.profile.model_dump()
-    values["corpus"]["source"] = [_public(source) for source in run.profile.corpus.sources]
-    values["tokenizer"]["source"] = _public(values["tokenizer"]["source"])
+    values["corpus"]["source"] = list(map(public, run.profile.corpus.sources))
+    values["tokenizer"]["source"] = public(values["tokenizer"]["source"])
     return values

@@ -6,7 +6,6 @@ weights of each engine's best checkpoint are kept in models/NAME/best-STEP.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from electra_wrap import files
@@ -24,8 +23,8 @@ RANKED_BY = "loss/total"
 def ranking_engine(run: Run) -> str:
     """Return the profile's engine if it evaluated the model, or else the one that did."""
     recorded = run.model.get("evaluations", {})
-    engines = (run.profile.engine, *ENGINES)
-    return next((engine for engine in engines if recorded.get(engine)), run.profile.engine)
+    engines = filter(recorded.get, (run.profile.engine, *ENGINES))
+    return next(engines, run.profile.engine)
 
 
 def evaluations(run: Run, engine: str | None = None) -> dict[int, dict[str, float]]:
@@ -46,10 +45,8 @@ def record(run: Run, engine: str, event: Evaluation) -> None:
     best_steps = _keep_best(run)
     loss, auc = event.scalars[RANKED_BY], event.scalars["discriminator/auc"]
     note = ", the best so far" if best_steps.get(engine) == event.step else ""
-    log(
-        f"evaluate: step {event.step:,} on {event.examples:,} held-out examples: "
-        f"loss {loss:.4f}, AUC {auc:.4f}{note}"
-    )
+    what = f"step {event.step:,} on {event.examples:,} held-out examples"
+    log(f"evaluate: {what}: loss {loss:.4f}, AUC {auc:.4f}{note}")
 
 
 def find(run: Run, checkpoint: Checkpoint) -> tuple[str, dict[str, float]]:
@@ -122,11 +119,8 @@ def _keep_best(run: Run) -> dict[str, int]:
 
 def _kept(run: Run) -> dict[int, Path]:
     """Return the directories best-STEP by their steps."""
-    return {
-        int(match[1]): path
-        for path in run.model_dir.glob("best-*")
-        if (match := re.fullmatch(r"best-(\d+)", path.name))
-    }
+    paths = run.model_dir.glob("best-*")
+    return {int(step): p for p in paths if (step := p.name.removeprefix("best-")).isdecimal()}
 
 
 def _link(checkpoint: Checkpoint) -> None:

@@ -6,11 +6,10 @@ import datetime
 import io
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +24,7 @@ from electra_wrap.files import write_text
 from electra_wrap.inference import infer
 from electra_wrap.metrics import UPSTREAM
 from electra_wrap.monitor import evaluation, scalars, training
+from electra_wrap.monitor.templates import render
 from electra_wrap.profile import toml
 from electra_wrap.progress import format_duration, warn
 from electra_wrap.run import Run
@@ -76,24 +76,21 @@ def write(directories: Sequence[Path], out: Path | None = None) -> Path:
     if len(set(names)) < len(names):
         names = [str(run.directory) for run in runs]
     curves = [_read_curves(run) for run in runs]
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
-        runs=list(map(_describe, runs, names, curves)),
-        figures=draw_figures(curves, names),
+    page = render(
+        "report.html.j2",
+        views=list(map(_describe, runs, names, curves)),
+        figures=_draw_figures(curves, names),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         format_duration=format_duration,
     )
-    write_text(out, page.encode("utf-8", "replace").decode())  # file names need not be Unicode
+    write_text(out, page)
     return out
 
 
 def _read_curves(run: Run) -> Curves:
     logged = scalars.read(run.model_dir / "train")
-    curves = {"training": {tag: np.array(points) for tag, points in logged.items()}}
+    curves = {"training": {tag: np.array(points) for tag, points in logged.items() if points}}
     for engine in ENGINES:
         if by_step := evaluation.evaluations(run, engine):
             curves[f"held out ({engine})"] = {
@@ -103,7 +100,7 @@ def _read_curves(run: Run) -> Curves:
     return curves
 
 
-def draw_figures(curves: Sequence[Curves], names: Sequence[str]) -> list[tuple[str, str]]:
+def _draw_figures(curves: Sequence[Curves], names: Sequence[str]) -> list[tuple[str, str]]:
     """Return title and SVG of each figure for which there is data."""
     figures = []
     for title, unit, tag in FIGURES:
@@ -143,36 +140,35 @@ def _plot(axes: Axes, curves: Sequence[Curves], names: Sequence[str], tag: str) 
             line.set(color=COLOURS[colour % len(COLOURS)], label=label)
 
 
-def shorten(curve: np.ndarray, points: int = POINTS) -> np.ndarray:
-    """Reduce a curve, [n, 2], to at most `points` means of neighbouring points."""
-    if len(curve) <= points:
-        return curve
-    return np.array([part.mean(axis=0) for part in np.array_split(curve, points)])
+def shorten(curve: np.ndarray) -> np.ndarray:
+    """Reduce a curve, [n, 2], to at most POINTS means of neighbouring points."""
+    parts = np.array_split(curve, min(len(curve), POINTS))
+    return np.array([part.mean(axis=0) for part in parts])
 
 
 def _describe(run: Run, name: str, curves: Curves) -> dict[str, Any]:
     """Return what the template needs of a run."""
     checkpoint, speeds = find_checkpoint(run), curves["training"].get("speed/tokens_per_second")
-    by_engine = {engine: evaluation.evaluations(run, engine) for engine in ENGINES}
     best = {engine: evaluation.best(run, engine) for engine in ENGINES}
     return {
         "name": name,
-        "profile": run.profile,
+        "run": run,
         "toml": toml(run.profile.model_dump()),
-        "vocab_size": run.vocab_size,
         "step": checkpoint.step if checkpoint else None,
-        "evaluations": by_engine,
+        "evaluations": {engine: evaluation.evaluations(run, engine) for engine in ENGINES},
         "best": {engine: found.step for engine, found in best.items() if found},
         "evaluated_by": evaluation.ranking_engine(run),
         "last": next(reversed(evaluation.evaluations(run).values()), {}),
-        "costs": training.total_costs(run),
+        "hours": training.total_hours(run),
         "tokens_per_second": None if speeds is None else float(np.median(speeds[:, 1])),
-        "corpus": run.results("corpus"),
-        "vocab": run.results("vocab"),
-        "examples": run.results(run.examples_record),
-        "stages": run.manifest["stages"],
         "sentences": _read_sentences(run, checkpoint),
     }
+
+
+def _held_out_lines(run: Run) -> Iterator[str]:
+    for path in sorted(run.held_out.glob("*")):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from map(str.strip, file)
 
 
 def _read_sentences(run: Run, checkpoint: Checkpoint | None) -> list[dict[str, Any]]:
@@ -180,13 +176,11 @@ def _read_sentences(run: Run, checkpoint: Checkpoint | None) -> list[dict[str, A
 
     Empty if the exported models are not those of the latest checkpoint.
     """
-    latest = (checkpoint.step if checkpoint else None, run.profile.model_name)
     exported = run.results("convert")
+    latest = (checkpoint.step if checkpoint else None, run.profile.model_name)
     if (exported.get("step"), exported.get("model_name")) != latest:
         return []
-    shards = sorted(run.held_out.glob("*"))
-    lines = (line for path in shards for line in path.read_text("utf-8", "replace").splitlines())
-    texts = (line for line in lines if len(line) in SENTENCE_LENGTHS)
+    texts = (line for line in _held_out_lines(run) if len(line) in SENTENCE_LENGTHS)
     job = {"model_dir": str(run.exported), "seed": run.profile.train.seed}
     try:
         return list(infer("replace", job, itertools.islice(texts, SENTENCES)))

@@ -17,15 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# TensorBoard's reader and writer import TensorFlow unless this module exists.
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+
+from electra_wrap.data.tfrecords import RecordWriter
+
+# TensorBoard uses TensorFlow unless this module exists.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: E402
-from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
-from tensorboard.plugins.text.summary_v2 import text_pb  # noqa: E402
-
-from electra_wrap.data.tfrecords import RecordWriter  # noqa: E402
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumed training
 
 
 class Writer:
@@ -72,12 +73,9 @@ def read(directory: Path, *, replaced: bool = False) -> dict[str, list[tuple[int
 
     With `replaced`, events that a later attempt replaced are included.
     """
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of replaced events
     if not directory.is_dir():
         return {}
     reader = EventAccumulator(str(directory), {"scalars": 0}, purge_orphaned_data=not replaced)
     reader.Reload()
-    return {
-        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
-        for tag in reader.Tags()["scalars"]
-    }
+    tags = reader.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}

@@ -71,9 +71,7 @@ def _parse_launch(launch: str) -> list[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     program = shutil.which(words[0], path=path) if words else None
     if program is None:
-        raise UsageError(
-            f"--launch {launch!r}: there is no such command; give another, such as torchrun"
-        )
+        raise UsageError(f"--launch {launch!r}: there is no such command; give another")
     return [str(Path(program).absolute()), *words[1:]]
 
 
@@ -81,21 +79,10 @@ def build_examples(
     run: Run, text: Path, parts: Path, jobs: dict[str, Any], log: Path, on_event: OnEvent
 ) -> None:
     """Build one part under `parts` for each shard of `text`; `jobs` go to `parts.build`."""
-    job = {
-        "text": str(text),
-        "vocabulary": str(run.vocabulary),
-        "out": str(parts),
-        "jobs": jobs,
-        "normalization": run.profile.tokenizer.normalization,
-        "max_length": run.profile.model.max_seq_length,
-        "blank_lines_separate_documents": run.profile.corpus.blank_lines_separate_documents,
-        "seed": run.profile.train.seed,
-    }
-    subprocesses.follow(
-        [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)],
-        log=log,
-        on_event=on_event,
-    )
+    job = {"profile": run.profile.model_dump(), "vocabulary": str(run.vocabulary)}
+    job |= {"text": str(text), "out": str(parts), "jobs": jobs}
+    argv = [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)]
+    subprocesses.follow(argv, log=log, on_event=on_event)
 
 
 def join_examples(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
@@ -108,12 +95,8 @@ def import_records(run: Run, records: Path, out: Path) -> int:
 
     UsageError if they do not fit the profile.
     """
-    job = {
-        "records": str(records),
-        "out": str(out),
-        "max_length": run.profile.model.max_seq_length,
-        "vocab_size": run.vocab_size,
-    }
+    job: dict[str, Any] = {"records": str(records), "out": str(out)}
+    job |= {"max_length": run.profile.model.max_seq_length, "vocab_size": run.vocab_size}
     log = run.log_file("examples")
     return int(subprocesses.call("electra_wrap.native.examples", "import_records", job, log=log))
 
@@ -124,13 +107,10 @@ def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
     if run.launch:
         launcher = _parse_launch(run.launch)
     elif len(devices) > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--shutdown-timeout={subprocesses.GRACE_PERIOD}",  # saving takes longer than its 30 s
-            f"--nproc-per-node={len(devices)}",
-        ]
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        # Saving a checkpoint may take longer than its default of 30 s.
+        launcher.append(f"--shutdown-timeout={subprocesses.GRACE_PERIOD}")
+        launcher.append(f"--nproc-per-node={len(devices)}")
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory)]
     subprocesses.follow(argv, log=run.log_file("train"), on_event=on_event)
 
@@ -172,12 +152,8 @@ def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = Fal
     With `optimizer`, Adam's slots are written beside each model.
     """
     configs = {network: run.profile.hf_config(network, run.vocab_size) for network in NETWORKS}
-    job = {
-        "checkpoint": str(_path(checkpoint)),
-        "configs": configs,
-        "out": str(out),
-        "optimizer": optimizer,
-    }
+    job: dict[str, Any] = {"checkpoint": str(_path(checkpoint)), "configs": configs}
+    job |= {"out": str(out), "optimizer": optimizer}
     subprocesses.call("electra_wrap.native.exchange", "export", job, log=run.log_file("convert"))
     for network, config in configs.items():
         files.write_json(out / network / "config.json", config)

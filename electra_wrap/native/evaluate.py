@@ -15,11 +15,10 @@ from torch import Tensor
 
 from electra_wrap import events, metrics
 from electra_wrap.data import vocab
-from electra_wrap.native import exchange, model
-from electra_wrap.native.batches import Batches, Masking
+from electra_wrap.native import exchange, model, setup
+from electra_wrap.native.batches import Batches
 from electra_wrap.native.engine import EXAMPLES
 from electra_wrap.native.examples import Store
-from electra_wrap.native.setup import make_accelerator, make_network, report_errors, to_device
 from electra_wrap.run import Run
 
 #: TensorBoard's name of each loss.
@@ -41,15 +40,11 @@ class Accumulator:
     def add(self, batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         """Add this process's part of a batch, and what the networks made of it."""
         self._losses += torch.stack([outputs[name].detach() for name in LOSSES])
-        self._tally.add_generator(
-            outputs["correct"].cpu().numpy(),
-            outputs["sampled_correct"].cpu().numpy(),
-            outputs["masked_losses"].cpu().numpy(),
-            batch["weights"].cpu().numpy(),
-        )
-        logits = outputs["logits"].cpu().numpy()
-        inside = np.arange(logits.shape[1]) < batch["sizes"].cpu().numpy()[:, None]
-        self._tally.add_discriminator(logits, outputs["replaced"].cpu().numpy(), inside)
+        arrays = {name: value.detach().cpu().numpy() for name, value in (batch | outputs).items()}
+        masked = ("correct", "sampled_correct", "masked_losses", "weights")
+        self._tally.add_generator(*(arrays[name] for name in masked))
+        inside = np.arange(arrays["ids"].shape[1]) < arrays["sizes"][:, None]
+        self._tally.add_discriminator(arrays["logits"], arrays["replaced"], inside)
 
     def reduce(self, batches: int = 1) -> tuple[dict[str, float], dict[str, float]]:
         """Return the losses of all processes, divided by `batches`, and the metrics."""
@@ -76,17 +71,12 @@ def evaluate(
         return
     number = len(store) // batch_size
     batches = Batches(
-        store,
-        Masking.of(run.profile.model, tokens),
-        length=run.profile.model.max_seq_length,
-        batch_size=batch_size,
-        seed=settings.seed,
-        shuffle=False,
+        store, run.profile.model, tokens, batch_size=batch_size, seed=settings.seed, shuffle=False
     )
     accumulator = Accumulator(accelerator)
     network.eval()
     for i in range(accelerator.process_index, number, accelerator.num_processes):
-        batch = to_device(batches[i], accelerator.device)
+        batch = setup.to_device(batches[i], accelerator.device)
         accumulator.add(batch, network(batch))
     network.train()
     losses, scalars = accumulator.reduce(number)
@@ -100,8 +90,8 @@ def evaluate_checkpoint(directory: Path, checkpoint: Path) -> None:
     """Evaluate a checkpoint, a directory `step-N`, of the run in `directory`."""
     run = Run.open(directory)
     tokens = vocab.read(run.vocabulary)
-    accelerator = make_accelerator(run.profile.train)
-    network = make_network(run.profile, len(tokens))
+    accelerator = setup.make_accelerator(run.profile.train)
+    network = setup.make_network(run.profile, len(tokens))
     exchange.restore(checkpoint, network, adam=None)
     accelerator.prepare(network)
     step = int(checkpoint.name.removeprefix("step-"))
@@ -109,5 +99,5 @@ def evaluate_checkpoint(directory: Path, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    with report_errors():
+    with setup.report_errors():
         evaluate_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))

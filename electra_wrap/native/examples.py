@@ -10,13 +10,10 @@ Runs as a child process, with a job as JSON to build parts, or to answer `call`.
 
 from __future__ import annotations
 
-import array
 import dataclasses
-import functools
 import itertools
 import json
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +24,7 @@ import numpy as np
 from electra_wrap import subprocesses
 from electra_wrap.data import parts, tfrecords, vocab
 from electra_wrap.files import write_json
+from electra_wrap.profile import Profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +42,9 @@ class Builder:
     """Packs tokenized lines into examples, with the rules and the random draws of upstream's
     ExampleBuilder."""
 
-    def __init__(self, max_length: int, cls: int, sep: int, seed: int) -> None:
-        self._max_length, self._cls, self._sep = max_length, cls, sep
+    def __init__(self, max_length: int, tokens: list[str], seed: int) -> None:
+        self._max_length = max_length
+        self._cls, self._sep = tokens.index("[CLS]"), tokens.index("[SEP]")
         self._random = random.Random(seed)
         self._sentences: list[Sequence[int]] = []
         self._length, self._target = 0, max_length
@@ -86,23 +85,22 @@ class Builder:
 
 
 def build(
+    profile: Profile,
+    tokens: list[str],
+    encode: Callable[[str], list[int]],
     shard: Path,
     number: int,
-    tokens: list[str],
-    *,
-    normalization: dict[str, bool],
-    max_length: int,
-    blank_lines_separate_documents: bool,
-    seed: int,
 ) -> Iterator[Example]:
-    """Yield the examples of a shard: those of upstream's process `number`, seeded seed + number."""
-    builder = Builder(max_length, tokens.index("[CLS]"), tokens.index("[SEP]"), seed + number)
-    encode = _encoder(tuple(tokens), **normalization)
+    """Yield the examples of a shard, those of upstream's process `number`.
+
+    `encode` returns the ids of a line.
+    """
+    builder = Builder(profile.model.max_seq_length, tokens, profile.train.seed + number)
     with parts.open_with_progress(shard) as file:
         for line in map(str.strip, file):
             if line:
                 example = builder.add(encode(line))
-            elif blank_lines_separate_documents:
+            elif profile.corpus.blank_lines_separate_documents:
                 example = builder.end_document()
             else:
                 continue
@@ -112,86 +110,63 @@ def build(
         yield example
 
 
-@functools.lru_cache(1)  # all shards of a process use the same cache of words
-def _encoder(
-    tokens: tuple[str, ...], *, lowercase: bool, strip_accents: bool
-) -> Callable[[str], Sequence[int]]:
-    """Return a function from a line to its ids."""
-    tokenizer = vocab.build_tokenizer(
-        list(tokens), lowercase=lowercase, strip_accents=strip_accents
-    )
-    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
-    return vocab.WordCache(lambda word: tokenizer.encode(word, add_special_tokens=False).ids).ids
-
-
 def write(directory: Path, examples: Iterable[Example], vocab_size: int) -> int:
     """Write a store. Return the number of examples."""
+    dtype = _dtype(vocab_size)
+    pieces = (
+        (np.array(example.ids, dtype), np.array([[len(example.ids), example.first_length]], "<i8"))
+        for example in examples
+    )
+    return _write(directory, pieces, dtype)
+
+
+def join(stores: Iterable[Path], directory: Path, vocab_size: int) -> None:
+    """Fill a directory with one store of the examples of several, in their order."""
+    pieces = ((store.tokens, store.index) for store in map(Store, stores))
+    _write(directory, pieces, _dtype(vocab_size))
+
+
+def _dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+def _write(directory: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], dtype: str) -> int:
+    """Write a store that is made of the tokens and the index of others. Return its size."""
     directory.mkdir(exist_ok=True)
     number, end = 0, 0
-    code = _typecode(vocab_size)
-    with (
-        (directory / "tokens.bin").open("wb") as tokens,
-        (directory / "index.bin").open("wb") as index,
-    ):
-        for example in examples:
-            end += len(example.ids)
-            number += 1
-            tokens.write(array.array(code, example.ids).tobytes())
-            index.write(array.array("q", (end, example.first_length)).tobytes())
-    _write_metadata(directory, code, number)
+    tokens_file, index_file = directory / "tokens.bin", directory / "index.bin"
+    with tokens_file.open("wb") as tokens, index_file.open("wb") as index:
+        for piece_tokens, piece_index in pieces:
+            tokens.write(piece_tokens.data)
+            index.write((piece_index + np.array([end, 0])).data)
+            end += len(piece_tokens)
+            number += len(piece_index)
+    write_json(directory / "store.json", {"dtype": dtype, "examples": number})
     return number
 
 
-def join(stores: Sequence[Path], directory: Path, vocab_size: int) -> None:
-    """Fill an empty directory with one store of the examples of several, in their order."""
-    number, end = 0, 0
-    code = _typecode(vocab_size)
-    with (
-        (directory / "tokens.bin").open("wb") as tokens,
-        (directory / "index.bin").open("wb") as index,
-    ):
-        for store in stores:
-            with (store / "tokens.bin").open("rb") as file:
-                shutil.copyfileobj(file, tokens, 2**20)
-            with (store / "index.bin").open("rb") as file:
-                while rows := file.read(2**20):
-                    shifted = np.frombuffer(rows, "<i8").reshape(-1, 2) + np.array([end, 0])
-                    index.write(shifted.tobytes())
-                    number += len(shifted)
-            end = tokens.tell() // array.array(code).itemsize
-    _write_metadata(directory, code, number)
-
-
-def _typecode(vocab_size: int) -> str:
-    """Return the type of ids for `array`: unsigned, of 2 or 4 bytes."""
-    return "H" if vocab_size <= 2**16 else "I"
-
-
-def _write_metadata(directory: Path, code: str, number: int) -> None:
-    dtype = f"<u{array.array(code).itemsize}"
-    write_json(directory / "store.json", {"dtype": dtype, "examples": number})
-
-
 class Store:
-    """A store, mapped into memory. An empty directory is a store without examples."""
+    """A store, mapped into memory. An empty directory is a store without examples.
+
+    `tokens` and `index`, [examples, 2], are the arrays of its files.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._size = 0
+        self.tokens, self.index = np.empty(0, "<u2"), np.empty((0, 2), "<i8")
         if not any(directory.iterdir()):
             return
         metadata = json.loads((directory / "store.json").read_text(encoding="utf-8"))
-        self._size = metadata["examples"]
-        if self._size:  # an empty file cannot be mapped
-            self._tokens = np.memmap(directory / "tokens.bin", metadata["dtype"], "r")
-            self._index = np.memmap(directory / "index.bin", "<i8", "r", shape=(self._size, 2))
+        if metadata["examples"]:  # an empty file cannot be mapped
+            self.tokens = np.memmap(directory / "tokens.bin", metadata["dtype"], "r")
+            self.index = np.memmap(directory / "index.bin", "<i8", "r").reshape(-1, 2)
 
     def __len__(self) -> int:
-        return self._size
+        return len(self.index)
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Return the numbers of tokens of examples: [n] to [n]."""
-        starts = np.where(numbers > 0, self._index[numbers - 1, 0], 0)
-        sizes: np.ndarray = self._index[numbers, 0] - starts
+        starts = np.where(numbers > 0, self.index[numbers - 1, 0], 0)
+        sizes: np.ndarray = self.index[numbers, 0] - starts
         return sizes
 
     def read(self, numbers: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,17 +177,22 @@ class Store:
         sizes = self.sizes(numbers)
         positions = np.arange(length)
         inside = positions < sizes[:, None]
-        flat = np.where(inside, (self._index[numbers, 0] - sizes)[:, None] + positions, 0)
-        ids = np.where(inside, self._tokens[flat], 0).astype(np.int64)
-        return ids, self._index[numbers, 1]
+        flat = np.where(inside, (self.index[numbers, 0] - sizes)[:, None] + positions, 0)
+        ids = np.where(inside, self.tokens[flat], 0).astype(np.int64)
+        return ids, self.index[numbers, 1]
 
 
-def build_parts(text: str, vocabulary: str, out: str, jobs: dict[str, Any], **options: Any) -> None:
-    """Build a part for each shard in `text`; `options` are those of `build`."""
+def build_parts(
+    profile: dict[str, Any], text: str, vocabulary: str, out: str, jobs: dict[str, Any]
+) -> None:
+    """Build a part for each shard in the directory `text`; `jobs` go to `parts.build`."""
+    settings = Profile.model_validate(profile)
     shards, tokens = sorted(Path(text).iterdir()), vocab.read(Path(vocabulary))
+    # All shards of a process use the same cache of words.
+    encode = vocab.line_encoder(tokens, **settings.tokenizer.normalization)
 
     def build_part(number: int, directory: Path) -> int:
-        examples = build(shards[number], number, tokens, **options)
+        examples = build(settings, tokens, encode, shards[number], number)
         return write(directory, examples, len(tokens))
 
     parts.build(build_part, Path(out), **jobs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_wrap.profile import Network
+from electra_wrap.profile import Network, Train
 
 GENERATOR_WEIGHT, DISCRIMINATOR_WEIGHT = 1.0, 50.0
 
@@ -240,13 +240,14 @@ def _search(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return column, target - torch.where(column > 0, before, torch.zeros_like(before))
 
 
-def learning_rate(step: int, rate: float, steps: int, warmup: int) -> float:
-    """Return the rate of a step, counted from 0, as model/optimization.py of the pin.
+def learning_rate(step: int, settings: Train) -> float:
+    """Return the learning rate of a step, counted from 0, as model/optimization.py of the pin.
 
     Linear decay to zero, times linear warm-up.
     """
-    decay = max(0.0, 1 - step / steps)
-    return rate * decay * (min(1.0, step / warmup) if warmup else 1.0)
+    decay = max(0.0, 1 - step / settings.steps)
+    warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+    return settings.learning_rate * decay * warmup
 
 
 def optimizer(network: nn.Module, weight_decay: float) -> torch.optim.AdamW:

@@ -30,19 +30,12 @@ from torch.utils.data import DataLoader
 from electra_wrap import events
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError, diverged
-from electra_wrap.native import exchange, model
-from electra_wrap.native.batches import Batches, Masking
+from electra_wrap.native import exchange, model, setup
+from electra_wrap.native.batches import Batches
 from electra_wrap.native.checkpoints import checkpoint_path, checkpoint_steps, finish_checkpoint
 from electra_wrap.native.engine import EXAMPLES
 from electra_wrap.native.evaluate import Accumulator, evaluate
 from electra_wrap.native.examples import Store
-from electra_wrap.native.setup import (
-    compile_network,
-    make_accelerator,
-    make_network,
-    report_errors,
-    to_device,
-)
 from electra_wrap.profile import Train
 from electra_wrap.run import Run
 
@@ -63,22 +56,24 @@ def train(directory: Path) -> bool:
     settings, tokens = run.profile.train, vocab.read(run.vocabulary)
     run.model_dir.mkdir(parents=True, exist_ok=True)
     stop = StopRequest()
-    accelerator = make_accelerator(settings)
+    accelerator = setup.make_accelerator(settings)
     parts = _count_parts(settings, accelerator.num_processes)
     set_seed(settings.seed)
-    network = make_network(run.profile, len(tokens))
+    network = setup.make_network(run.profile, len(tokens))
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
-    compile_network(network, settings, accelerator.device)
+    setup.compile_network(network, settings, accelerator.device)
     prepared, adam = accelerator.prepare(network, model.optimizer(network, settings.weight_decay))
     start = _resume(accelerator, network, adam, run.model_dir)
     batches = _batches(run, tokens, accelerator, start)
     parameters = list(network.parameters())
+    evaluate_every = settings.evaluate_every or settings.steps
     prepared.train()
     for step in range(start + 1, settings.steps + 1):
-        _set_learning_rate(adam, step, settings)
+        for group in adam.param_groups:
+            group["lr"] = model.learning_rate(step - 1, settings)
         accumulator = Accumulator(accelerator) if step % settings.log_every == 0 else None
         for _ in range(settings.micro_batches):
-            batch = to_device(next(batches), accelerator.device)
+            batch = setup.to_device(next(batches), accelerator.device)
             with accelerator.accumulate(prepared):
                 outputs = prepared(batch)
                 # The losses of the parts add up to the batch's; DDP and accelerate take the mean.
@@ -92,9 +87,7 @@ def train(directory: Path) -> bool:
         if accumulator:
             _report(accelerator, accumulator, step, adam, norm.item())
         stopping = stop.is_requested(accelerator, step)
-        evaluating = (
-            step % (settings.evaluate_every or settings.steps) == 0 and step < settings.steps
-        )
+        evaluating = step < settings.steps and step % evaluate_every == 0
         if step % settings.save_every == 0 or step == settings.steps or evaluating or stopping:
             # Gradients that are not finite have made weights that are not finite either.
             _check_finite(step, outputs["loss"].item(), norm.item())
@@ -113,10 +106,9 @@ def _count_parts(settings: Train, processes: int) -> int:
     """
     parts = processes * settings.micro_batches
     if settings.batch_size % parts:
-        raise UsageError(
-            f"train.batch_size = {settings.batch_size} is not divisible by {processes} processes × "
-            f"{settings.micro_batches} micro-batches; change one of them"
-        )
+        size = f"train.batch_size = {settings.batch_size}"
+        divisor = f"{processes} processes × {settings.micro_batches} micro-batches"
+        raise UsageError(f"{size} is not divisible by {divisor}; change one of them")
     return parts
 
 
@@ -139,8 +131,8 @@ def _batches(
     settings = run.profile.train
     batches = Batches(
         Store(run.directory / EXAMPLES[0]),
-        Masking.of(run.profile.model, tokens),
-        length=run.profile.model.max_seq_length,
+        run.profile.model,
+        tokens,
         batch_size=settings.batch_size,
         seed=settings.seed,
         micro_batches=settings.micro_batches,
@@ -171,15 +163,6 @@ def _ignore_signals(worker: int) -> None:
     """Leave signals to the trainer, which still needs batches from this worker."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _set_learning_rate(adam: Any, step: int, settings: Train) -> None:
-    """Set the learning rate of a step, counted from 1."""
-    rate = model.learning_rate(
-        step - 1, settings.learning_rate, settings.steps, settings.warmup_steps
-    )
-    for group in adam.param_groups:
-        group["lr"] = rate
 
 
 def _report(
@@ -255,6 +238,6 @@ def _save(accelerator: Accelerator, model_dir: Path, step: int, settings: Train)
 
 
 if __name__ == "__main__":
-    with report_errors():
+    with setup.report_errors():
         finished = train(Path(sys.argv[1]))
     sys.exit(0 if finished else subprocesses.INTERRUPTED)

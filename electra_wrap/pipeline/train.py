@@ -103,7 +103,7 @@ def _execute(run: Run) -> Values:
     evaluation.discard_after(run, start)
     _record_engine(run, start)
     _evaluate_start(run, start)
-    with TrainingMonitor(run, start, devices) as monitor:
+    with TrainingMonitor(run, start) as monitor:
         try:
             engine_of(run).train(run, devices, monitor)
         except Interrupted:

@@ -27,6 +27,10 @@ from electra_wrap.run import Run
 #: Intervals of the steps that are timed. The first third, with compilation, does not count.
 INTERVALS = 12
 
+#: Smallest vocabulary: as many words as special tokens.
+MIN_VOCAB_SIZE = 2 * len(vocab.SPECIAL_TOKENS)
+
+#: Settings and speeds of an engine.
 Result = dict[str, Any]
 
 
@@ -39,10 +43,9 @@ def bench(
     `flops_per_step`; `share_of_peak` compares them with a large matrix product on the same device.
     """
     size = vocab_size or _find_vocab_size(profile)
-    smallest = 2 * len(vocab.SPECIAL_TOKENS)
-    if steps < INTERVALS or size < smallest:
+    if steps < INTERVALS or size < MIN_VOCAB_SIZE:
         problem = f"{steps} steps with {size} tokens are too few to measure"
-        raise UsageError(f"{problem}; give at least {INTERVALS} and {smallest}")
+        raise UsageError(f"{problem}; give at least {INTERVALS} and {MIN_VOCAB_SIZE}")
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="electra_wrap-bench-") as name:
         directory = Path(name)

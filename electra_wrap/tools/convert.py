@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from pathlib import Path
 
 from electra_wrap import subprocesses
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.files import new_directory
+from electra_wrap.pipeline.convert import new_models
 from electra_wrap.profile import NETWORKS
 from electra_wrap.weights import find_prefix
 
@@ -38,34 +37,21 @@ def from_tensorflow(
     if strip_accents and not lowercase:
         raise UsageError("--strip-accents has an effect with --lowercase only; give both")
     prefix = find_prefix(str(checkpoint.absolute()), step)
-    tokens = vocab.read(vocabulary) if vocabulary else None
+    tokens = vocab.read(vocabulary) if vocabulary else []
+    normalization = {"lowercase": lowercase, "strip_accents": strip_accents}
     networks = NETWORKS if model == "both" else (model,)
-    given_heads = {"discriminator": heads, "generator": generator_heads}
-    with contextlib.ExitStack() as stack:
-        staged = {
-            network: stack.enter_context(new_directory(out / network, replace=force))
-            for network in networks
-        }
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out)))
+    with new_models(out, networks, replace=force) as work:
         arguments = {
             "checkpoint": prefix,
             "out": str(work.absolute()),
             "networks": networks,
-            "heads": given_heads,
+            "heads": {"discriminator": heads, "generator": generator_heads},
             "expected": {n: {"vocab_size": len(tokens)} for n in networks} if tokens else {},
         }
         configs = subprocesses.call("electra_wrap.weights", "to_transformers", arguments)
-        for network, directory in staged.items():
-            for file in (work / network).iterdir():
-                file.rename(directory / file.name)
-            if tokens:
-                vocab.write_tokenizer(
-                    directory,
-                    tokens,
-                    max_length=max_length or configs[network]["max_position_embeddings"],
-                    lowercase=lowercase,
-                    strip_accents=strip_accents,
-                )
+        for network in networks if tokens else ():
+            length = max_length or configs[network]["max_position_embeddings"]
+            vocab.write_tokenizer(work / network, tokens, max_length=length, **normalization)
 
 
 def to_tensorflow(

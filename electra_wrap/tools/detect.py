@@ -1,6 +1,6 @@
 """`detect`: reads texts, and prints a table of the tokens of each.
 
-A table says everything without colors too, because output may be piped.
+Colors add nothing that the words do not say, because output may be piped.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def read_texts(texts: Sequence[str], file: str | None) -> Iterator[str]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError:
-                message = f"text {number:,} of {source} is not UTF-8"
-                raise UsageError(f"{message}; convert it, for example with iconv") from None
+                problem = f"text {number:,} of {source} is not UTF-8"
+                raise UsageError(f"{problem}; convert it with iconv") from None
             if text.strip():
                 is_blank = False
                 yield text
@@ -57,28 +57,28 @@ def show(results: Iterable[Mapping[str, Any]], console: Console | None = None) -
     console = console or _Console(highlight=False)
     texts, generated, total = 0, False, Counter[str]()
     for result in results:
-        generated = "original" in result
-        originals = result["original"] if generated else [""] * len(result["tokens"])
+        generated, counts = "original" in result, Counter[str]()
+        originals = result.get("original", result["tokens"])
         table = Table("token", "original" if generated else "", box=None, pad_edge=False)
         table.add_column("replaced?", justify="right")
         table.add_column("")
-        verdicts = [_judge(result, position) for position in range(len(result["tokens"]))]
-        for token, original, probability, verdict in zip(
-            result["tokens"], originals, result["probabilities"], verdicts, strict=True
-        ):
-            was = "" if original == token else original
-            cells = (_visible(token), _visible(was), f"{probability:.1%}", verdict)
-            table.add_row(*cells, style=_STYLES.get(verdict))
+        for position, token in enumerate(result["tokens"]):
+            original = "" if originals[position] == token else originals[position]
+            probability = f"{result['probabilities'][position]:.1%}"
+            verdict = _judge(result, position)
+            counts[verdict] += 1
+            style = _STYLES.get(verdict)
+            table.add_row(_visible(token), _visible(original), probability, verdict, style=style)
         text = _visible(result["text"][: result["cut"]])
-        counts = Counter(verdicts)
         console.print(text, table, _summarize(counts, generated=generated), "", sep="\n")
-        texts, total = texts + 1, total + counts
+        texts += 1
+        total += counts
     if texts > 1:
         console.print(f"{texts:,} texts: {_summarize(total, generated=generated)}")
 
 
 def _judge(result: Mapping[str, Any], position: int) -> str:
-    """Return what is to be said of the prediction for a token; "" if that is nothing."""
+    """Return a verdict on the prediction for a token; "" for an original token found to be one."""
     predicted = result["replaced"][position]
     if position in result.get("changed", ()):
         return "found" if predicted else "missed"
@@ -90,13 +90,11 @@ def _judge(result: Mapping[str, Any], position: int) -> str:
 def _summarize(counts: Counter[str], *, generated: bool) -> str:
     if not generated:
         return f"{counts['replaced']:,} of {counts.total():,} tokens are predicted to be replaced"
-    replaced = counts["found"] + counts["missed"]
-    return (
-        f"{replaced:,} replaced, {counts['found']:,} found, {counts['false alarm']:,} false alarms"
-    )
+    found, alarms = counts["found"], counts["false alarm"]
+    return f"{found + counts['missed']:,} replaced, {found:,} found, {alarms:,} false alarms"
 
 
 def _visible(text: str) -> Text:
-    """Replace what a terminal would obey: control characters, and changes of direction."""
+    """Replace control characters and changes of direction, which a terminal would obey."""
     joiners = "\u200c\u200d"
     return Text("".join(c if c.isprintable() or c in joiners else "\ufffd" for c in text))

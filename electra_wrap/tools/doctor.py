@@ -1,7 +1,8 @@
-"""`doctor`: checks what a run needs, and says how to fix what is missing."""
+"""`doctor`: reports what a run needs and this machine lacks, and how to fix it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -40,7 +41,7 @@ class Finding:
         return dataclasses.asdict(self)
 
 
-def examine(run: Run, named: bool) -> Iterator[Finding]:
+def examine(run: Run, *, named: bool) -> Iterator[Finding]:
     """Check what runs need.
 
     A problem is "missing" if the user `named` the profile of `run` and that needs it.
@@ -80,11 +81,10 @@ def _packages() -> str:
 def _is_satisfied(requirement: Requirement) -> bool:
     if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
         return True
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return requirement.specifier.contains(version, prereleases=True)
+        return requirement.specifier.contains(version, prereleases=True)
+    return False
 
 
 def _driver() -> str:
@@ -92,8 +92,7 @@ def _driver() -> str:
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=8, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        message = "nvidia-smi does not work; if there is a GPU, install NVIDIA's driver"
-        raise EnvironmentProblem(message) from None
+        raise EnvironmentProblem("nvidia-smi fails; install a driver if there is a GPU") from None
     return output.strip().replace("\n", " · ")
 
 

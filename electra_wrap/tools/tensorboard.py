@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import tempfile
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from electra_wrap.errors import EnvironmentProblem, UsageError
+from tensorboard import program
+
+import electra_wrap.monitor.scalars  # noqa: F401 - keeps TensorBoard from importing TensorFlow
+from electra_wrap.errors import EnvironmentProblem, Interrupted, UsageError
 
 
 def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
@@ -21,9 +22,6 @@ def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
     for directory in directories:
         if not (directory / "models").is_dir():
             raise UsageError(f"{directory} has not trained yet; first `run`")
-    # TensorBoard imports TensorFlow, if it is installed, unless this module exists.
-    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-    from tensorboard import program
 
     def create_server(app: Any, flags: Any) -> Any:
         try:
@@ -32,7 +30,6 @@ def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
             message = " ".join(error.msg.split())
             raise EnvironmentProblem(f"{message}; choose another --port or --host") from None
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumed training
     names = [directory.name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(directory).strip("/").replace("/", " ") for directory in directories]
@@ -41,4 +38,7 @@ def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
             Path(tree, name).symlink_to(directory / "models")
         tensorboard = program.TensorBoard(server_class=create_server)
         tensorboard.configure(logdir=tree, host=host, port=port, load_fast="false")
-        tensorboard.main()
+        try:
+            tensorboard.main()
+        except KeyboardInterrupt:
+            sys.exit(Interrupted.exit_code)

@@ -16,7 +16,6 @@ import shutil
 import stat
 import tempfile
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 from electra_wrap import paths, subprocesses
@@ -67,21 +66,21 @@ def ensure(upstream: str | None = None) -> Path:
     """
     pin = Pin.read()
     vendor = pin.directory.parent
-    if not pin.directory.exists():
-        try:
+    try:
+        if not pin.directory.exists():
             vendor.mkdir(parents=True, exist_ok=True)
             with lock(vendor / ".lock", wait=True):
                 if not pin.directory.exists():
                     _fetch(pin, _resolve(upstream or pin.url))
-        except OSError as error:
-            writable = "set XDG_CACHE_HOME to a directory that can"
-            if paths.IN_CHECKOUT:
-                writable = "use a clone of electra_wrap that can"
-            raise EnvironmentProblem(
-                f"{vendor}, where upstream's scripts go, cannot be written ({error.strerror}); "
-                f"{writable}, or do without them: --set engine=native"
-            ) from None
-    verify(pin.directory, pin.patched_tree)
+    except OSError as error:
+        fix = "use a clone that can" if paths.IN_CHECKOUT else "set XDG_CACHE_HOME"
+        message = f"{vendor}, where upstream's scripts go, cannot be written ({error.strerror})"
+        raise EnvironmentProblem(f"{message}; {fix}, or --set engine=native") from None
+    tree = hash_tree(pin.directory)
+    if tree != pin.patched_tree:
+        change = f"its tree is {tree[:12]}, pinned is {pin.patched_tree[:12]}"
+        message = f"{pin.directory} was changed: {change}; move it away and run again"
+        raise EnvironmentProblem(message)
     return pin.directory
 
 
@@ -89,21 +88,10 @@ def look(upstream: str | None = None) -> str:
     """Describe where upstream is. EnvironmentProblem if it is neither here nor reachable."""
     pin = Pin.read()
     if pin.directory.exists():
-        verify(pin.directory, pin.patched_tree)
-        return f"verified, in {pin.directory}"
+        return f"verified, in {ensure()}"
     source = _resolve(upstream or pin.url)
-    _refuse_unreachable(_git(Path("/"), {}), source)
+    _refuse_unreachable(Path("/"), source)
     return f"reachable at {source}"
-
-
-def verify(directory: Path, tree: str) -> None:
-    """EnvironmentProblem unless `directory` holds exactly git's `tree`: names, modes and bytes."""
-    found = hash_tree(directory)
-    if found != tree:
-        raise EnvironmentProblem(
-            f"{directory} was changed: its tree is {found[:12]}, pinned is {tree[:12]}; move it "
-            "away and run again"
-        )
 
 
 def hash_tree(directory: Path) -> str:
@@ -146,34 +134,34 @@ class _GitFailed(EnvironmentProblem):
     """A git command failed. The message is git's."""
 
 
-def _git(directory: Path, variables: dict[str, Path]) -> Callable[..., str]:
-    """Return a function that runs git in a directory with additional environment variables."""
+def _git(directory: Path, *arguments: str, timeout: float = FETCH_TIMEOUT) -> str:
+    """Run git in a directory that is a work tree with its own .git; return its output."""
     try:
         import git  # this import runs git
     except ImportError:
-        raise EnvironmentProblem(
-            "git is not installed; install it, for example apt-get install git"
-        ) from None
-    repository = git.Git(directory)
+        message = "git is not installed; install it, for example apt-get install git"
+        raise EnvironmentProblem(message) from None
+    command = git.Git(directory)
+    # All three are set, so that the caller's (in a git hook, say) have no effect.
+    repository = str(directory / ".git")
+    command.update_environment(
+        **_GIT_ENVIRONMENT,
+        GIT_DIR=repository,
+        GIT_WORK_TREE=str(directory),
+        GIT_INDEX_FILE=f"{repository}/index",
+    )
     die_with_us = functools.partial(subprocesses.die_with_parent, os.getpid())
-    paths_as_text = {name: str(path) for name, path in variables.items()}
-    repository.update_environment(**_GIT_ENVIRONMENT, **paths_as_text)
-
-    def run(*arguments: str, timeout: float = FETCH_TIMEOUT) -> str:
-        try:
-            argv = [*_GIT, *arguments]
-            output = repository.execute(argv, kill_after_timeout=timeout, preexec_fn=die_with_us)
-            return str(output)
-        except git.GitCommandError as error:
-            message = re.search(r"\b(?:fatal|error): (.+)", str(error.stderr or error))
-            raise _GitFailed(message[1].strip(" '") if message else "no answer") from None
-
-    return run
-
-
-def _refuse_unreachable(run: Callable[..., str], source: str) -> None:
+    argv = [*_GIT, *arguments]
     try:
-        run("ls-remote", "--", source, timeout=ANSWER_TIMEOUT)
+        return str(command.execute(argv, kill_after_timeout=timeout, preexec_fn=die_with_us))
+    except git.GitCommandError as error:
+        reason = re.search(r"\b(?:fatal|error): (.+)", str(error.stderr or error))
+        raise _GitFailed(reason[1].strip(" '") if reason else "no answer") from None
+
+
+def _refuse_unreachable(directory: Path, source: str) -> None:
+    try:
+        _git(directory, "ls-remote", "--", source, timeout=ANSWER_TIMEOUT)
     except _GitFailed as error:
         raise EnvironmentProblem(
             f"google-research/electra cannot be reached at {source} ({error}); give a local clone, "
@@ -189,50 +177,37 @@ def _fetch(pin: Pin, source: str) -> None:
     with tempfile.TemporaryDirectory(dir=vendor, prefix=".fetch-") as temporary:
         work = Path(temporary) / "electra"
         work.mkdir()
-        # Set, so that the caller's GIT_DIR (in a git hook, say) has no effect.
-        git_directory = work / ".git"
-        variables = {
-            "GIT_DIR": git_directory,
-            "GIT_WORK_TREE": work,
-            "GIT_INDEX_FILE": git_directory / "index",
-        }
-        run = _git(work, variables)
-        run("init", "--quiet", "--template=")
-        _refuse_unreachable(run, source)
-        _check_out(run, pin, source)
+        _git(work, "init", "--quiet", "--template=")
+        _refuse_unreachable(work, source)
+        _check_out(work, pin, source)
         for patch in sorted(paths.PATCHES.glob("*.patch")):
             try:
-                run("apply", "--unidiff-zero", "--whitespace=nowarn", str(patch))
+                _git(work, "apply", "--unidiff-zero", "--whitespace=nowarn", str(patch))
             except _GitFailed as error:
                 message = f"{patch.name} does not apply ({error}); restore patches/"
                 raise EnvironmentProblem(message) from None
-        shutil.rmtree(git_directory)
+        shutil.rmtree(work / ".git")
         patched = hash_tree(work)
         if patched != pin.patched_tree:
-            raise EnvironmentProblem(
-                f"the patches give tree {patched[:12]}, {paths.LOCK_FILE.name} says "
-                f"{pin.patched_tree[:12]}; restore patches/ and vendor/"
-            )
+            message = f"the patches give tree {patched[:12]}, pinned is {pin.patched_tree[:12]}"
+            raise EnvironmentProblem(f"{message}; restore patches/ and vendor/")
         work.rename(pin.directory)
 
 
-def _check_out(run: Callable[..., str], pin: Pin, source: str) -> None:
+def _check_out(work: Path, pin: Pin, source: str) -> None:
     """Fetch and check out the pinned commit. EnvironmentProblem if its tree is not the pinned."""
     try:
-        run("fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
+        _git(work, "fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
     except _GitFailed:
         # Bundles have no shallow history, and some servers refuse to send a commit by its id.
         with contextlib.suppress(_GitFailed):
-            run("fetch", "--quiet", "--no-tags", "--", source, "+refs/*:refs/upstream/*")
-    commit = pin.commit[:12]
+            _git(work, "fetch", "--quiet", "--no-tags", "--", source, "+refs/*:refs/upstream/*")
     try:
-        run("checkout", "--quiet", "--detach", pin.commit)
-        tree = run("rev-parse", "HEAD^{tree}")
+        _git(work, "checkout", "--quiet", "--detach", pin.commit)
+        tree = _git(work, "rev-parse", "HEAD^{tree}")
     except _GitFailed as error:
-        message = f"{source} does not give commit {commit} ({error})"
+        message = f"{source} does not give commit {pin.commit[:12]} ({error})"
         raise EnvironmentProblem(f"{message}; use a complete copy of {pin.url}") from None
     if tree != pin.tree:
-        raise EnvironmentProblem(
-            f"{source}: commit {commit} has tree {tree[:12]}, pinned is {pin.tree[:12]}; use "
-            "another copy"
-        )
+        message = f"{source}: its tree is {tree[:12]}, pinned is {pin.tree[:12]}"
+        raise EnvironmentProblem(f"{message}; use another copy")

@@ -24,7 +24,7 @@ NAME = "upstream"
 CREDIT = (
     "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
 )
-NO_GPU = "TensorFlow sees none; install electra-wrap[gpu] and the NVIDIA driver"
+NO_GPU = "TensorFlow sees none; install CUDA (pip install -e '.[gpu]') and the NVIDIA driver"
 EXAMPLES = ("pretrain_tfrecords", "heldout_tfrecords")
 
 #: Text per record file. Upstream's 1000 files are for gigabytes of text; training mixes the files.
@@ -115,12 +115,8 @@ def import_records(run: Run, records: Path, out: Path) -> int:
 
     UsageError if they do not fit the profile.
     """
-    arguments = {
-        "directory": str(records),
-        "length": run.profile.model.max_seq_length,
-        "vocab_size": run.vocab_size,
-    }
-    log = run.log_file("examples")
+    length, log = run.profile.model.max_seq_length, run.log_file("examples")
+    arguments = {"directory": str(records), "length": length, "vocab_size": run.vocab_size}
     examples = subprocesses.call(
         "electra_wrap.data.tfrecords", "count_examples", arguments, log=log
     )
@@ -138,10 +134,8 @@ def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
     if settings.evaluate_every and examples["held_out_examples"] > 0:
         every = settings.evaluate_every
         if every < last and every * settings.batch_size < examples["examples"]:
-            warn(
-                "train: upstream's script starts reading its records anew after each evaluation, "
-                "before it has read them all; raise train.evaluate_every"
-            )
+            reason = "training reads its first records again after each evaluation"
+            warn(f"train: {reason}, and never the last; raise train.evaluate_every")
     start = max((checkpoint.step for checkpoint in checkpoints(run.model_dir)), default=0)
     for step in range(start + every - start % every, last, every):
         _train_until(run, step, devices, on_event)
@@ -188,13 +182,10 @@ def _run_pretraining(
 ) -> None:
     """Run run_pretraining.py. `runtime` has what it has no argument for, for estimator.py."""
     settings = run.profile.train
-    xla = settings.compile is True
-    runtime = {"seed": settings.seed, "precision": settings.precision, "xla": xla, **runtime}
+    runtime = {"seed": settings.seed, "precision": settings.precision, **runtime}
     env = {"ELECTRA_WRAP_RUNTIME": json.dumps(runtime)}
     if not devices:
         env["CUDA_VISIBLE_DEVICES"] = "-1"
-        if xla:  # XLA does not compile for the CPU without this flag
-            env["TF_XLA_FLAGS"] = "--tf_xla_cpu_global_jit"
     arguments = [
         f"--data-dir={run.directory}",
         f"--model-name={run.profile.model_name}",
@@ -225,13 +216,12 @@ def _prefix(checkpoint: Checkpoint) -> Path:
 
 def checksums(checkpoint: Checkpoint) -> Path:
     """Return the file with the checksums of a checkpoint's files, which estimator.py writes."""
-    return checkpoint.directory / f"model.ckpt-{checkpoint.step}.sha256"
+    return Path(f"{_prefix(checkpoint)}.sha256")
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files of a checkpoint."""
-    prefix = _prefix(checkpoint)
-    return [prefix.with_name(f"{prefix.name}.{part}") for part in ("index", "data-00000-of-00001")]
+    return [Path(f"{_prefix(checkpoint)}.{part}") for part in ("index", "data-00000-of-00001")]
 
 
 def archive(checkpoint: Checkpoint) -> None:

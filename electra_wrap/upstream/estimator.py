@@ -5,8 +5,8 @@ MonitoredTrainingSession with the script's own hooks, save checkpoints, or evalu
 Names and arguments are Estimator's, because the script calls them.
 
 The environment variable ELECTRA_WRAP_RUNTIME has what the scripts have no argument for (engine.py):
-seed, precision, XLA, the step to stop at, the checkpoint to evaluate. Logged steps and evaluations
-are reported as events.
+seed, precision, the step to stop at, the checkpoint to evaluate. Logged steps and evaluations are
+reported as events.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from electra_wrap.upstream import engine
 
 SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
-
+ModeKeys = types.SimpleNamespace(TRAIN="train", EVAL="eval")
 
 #: Tensors of the graph, by upstream's names.
 _watched: dict[str, Any] = {}
@@ -47,150 +47,121 @@ def watch(**tensors: Any) -> None:
     _watched.update(tensors)
 
 
-class ModeKeys:
-    TRAIN = "train"
-    EVAL = "eval"
+class TPUEstimator:
+    """Trains and evaluates the model that `model_fn` builds, on a CPU or a GPU."""
 
+    def __init__(
+        self,
+        model_fn: Callable[..., Any],
+        config: Any,
+        train_batch_size: int,
+        eval_batch_size: int,
+        use_tpu: bool = False,
+    ) -> None:
+        if use_tpu or config.cluster is not None:
+            raise ValueError("TPUs are not supported: set use_tpu to false")
+        self._model_fn = model_fn
+        self._config = config
+        self._batch_size = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size}
+        self._runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
 
-class _TPU:
-    """`tf.estimator.tpu`, through which the scripts go on every device. TPUs are refused."""
+    def train(self, input_fn: Callable[..., Any], max_steps: int) -> None:
+        """Train from the latest checkpoint of model_dir, or from scratch, to `max_steps`.
 
-    class InputPipelineConfig:
-        PER_HOST_V2 = 3
-
-    # The script reads back the attributes that it sets, and nothing else.
-    TPUConfig = RunConfig = TPUEstimatorSpec = types.SimpleNamespace
-
-    class TPUEstimator:
-        """Trains and evaluates the model that `model_fn` builds."""
-
-        def __init__(
-            self,
-            model_fn: Callable[..., Any],
-            config: Any,
-            train_batch_size: int,
-            eval_batch_size: int,
-            use_tpu: bool = False,
-        ) -> None:
-            if use_tpu or config.cluster is not None:
-                raise ValueError("TPUs are not supported: set use_tpu to false")
-            self._model_fn = model_fn
-            self._config = config
-            self._batch_size = {ModeKeys.TRAIN: train_batch_size, ModeKeys.EVAL: eval_batch_size}
-            self._runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
-
-        def train(self, input_fn: Callable[..., Any], max_steps: int) -> None:
-            """Train from the latest checkpoint of model_dir, or from scratch, to `max_steps`.
-
-            SIGINT and SIGTERM end training after the current step. As at the regular end, a
-            checkpoint is saved; the process then exits with `subprocesses.INTERRUPTED`. Errors are
-            reported to the parent process.
-            """
-            with _report_errors():
-                start = self._latest_step()
-                if start < max_steps:
-                    self._train(
-                        input_fn, start, min(max_steps, self._runtime.get("stop", max_steps))
-                    )
-
-        def _train(self, input_fn: Callable[..., Any], start: int, stop: int) -> None:
-            config = self._config
-            with tf.Graph().as_default():
-                # With the same seed after each start, a resumed training would see the first
-                # batches and masks again.
-                spec = self._build(ModeKeys.TRAIN, input_fn, self._runtime["seed"] + start)
-                monitor = _Monitor(spec.loss, config.tpu_config.iterations_per_loop)
-                saver = tf.train.Saver(
-                    max_to_keep=config.keep_checkpoint_max or 0,
-                    save_relative_paths=True,
-                    defer_build=False,
-                )
-                scaffold = tf.train.Scaffold(saver=saver)
-                save = tf.train.CheckpointSaverHook(
-                    config.model_dir,
-                    save_steps=config.save_checkpoints_steps,
-                    scaffold=scaffold,
-                    listeners=[_CheckpointListener(config.model_dir)],
-                )
-                with tf.train.MonitoredTrainingSession(
-                    checkpoint_dir=config.model_dir,
-                    scaffold=scaffold,
-                    hooks=[monitor, tf.train.StopAtStepHook(last_step=stop), *spec.training_hooks],
-                    chief_only_hooks=[save],
-                    save_checkpoint_steps=None,
-                    save_checkpoint_secs=None,
-                    save_summaries_steps=None,
-                    save_summaries_secs=None,
-                    log_step_count_steps=None,
-                    config=self._session_config(),
-                ) as session:
-                    while not session.should_stop():
-                        session.run(spec.train_op)
-            if monitor.interrupted:
-                sys.exit(subprocesses.INTERRUPTED)
-
-        def evaluate(self, input_fn: Callable[..., Any], steps: int) -> dict[str, Any]:
-            """Return a checkpoint's metrics over `steps` batches, `loss` and `global_step`.
-
-            The seed is always the same, and with it masks and samples.
-            """
-            with _report_errors(), tf.Graph().as_default():
-                spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
-                metric_fn, tensors = spec.eval_metrics
-                streaming = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
-                values = {name: value for name, (value, _) in streaming.items()}
-                updates = [update for _, update in streaming.values()]
-                global_step = tf.train.get_or_create_global_step()
-                creator = tf.train.ChiefSessionCreator(
-                    checkpoint_filename_with_path=self._runtime["checkpoint"],
-                    config=self._session_config(),
-                )
-                with tf.train.MonitoredSession(creator, hooks=spec.evaluation_hooks) as session:
-                    for _ in range(steps):
-                        session.run(updates)
-                    # Without the hooks, which would read another batch.
-                    results, step = session.run_step_fn(
-                        lambda step_context: step_context.session.run([values, global_step])
-                    )
-            scalars = {ours: float(results[name]) for name, ours in metrics.UPSTREAM.items()}
-            examples = steps * self._batch_size[ModeKeys.EVAL]
-            events.emit(events.Evaluation(int(step), examples, scalars))
-            return {**results, "global_step": step}
-
-        def _build(self, mode: str, input_fn: Callable[..., Any], seed: int) -> Any:
-            _watched.clear()
-            tf.set_random_seed(seed)
-            # The optimizer reads the step for the learning rate and advances it. With one cached
-            # read per session.run(), the learning rate never sees the advanced step.
-            tf.get_variable(
-                tf.GraphKeys.GLOBAL_STEP,
-                shape=[],
-                dtype=tf.int64,
-                initializer=tf.zeros_initializer(),
-                trainable=False,
-                caching_device=lambda op: op.device,
-                collections=[tf.GraphKeys.GLOBAL_VARIABLES, tf.GraphKeys.GLOBAL_STEP],
-            )
-            params = {"batch_size": self._batch_size[mode]}
-            features = tf.data.make_one_shot_iterator(input_fn(params)).get_next()
-            return self._model_fn(features, None, mode, params)
-
-        def _latest_step(self) -> int:
+        SIGINT and SIGTERM end training after the current step. As at the regular end, a checkpoint
+        is saved; the process then exits with `subprocesses.INTERRUPTED`. Errors are reported to the
+        parent process.
+        """
+        with _report_errors():
             checkpoint = tf.train.latest_checkpoint(self._config.model_dir)
-            return int(tf.train.load_variable(checkpoint, "global_step")) if checkpoint else 0
+            start = int(tf.train.load_variable(checkpoint, "global_step")) if checkpoint else 0
+            if start < max_steps:
+                self._train(input_fn, start, self._runtime.get("stop", max_steps))
 
-        def _session_config(self) -> Any:
-            tf32 = self._runtime.get("precision") == "tf32"
-            tf.config.experimental.enable_tensor_float_32_execution(tf32)
-            config = tf.ConfigProto(allow_soft_placement=True)
-            config.gpu_options.allow_growth = True
-            if self._runtime.get("xla"):
-                options = config.graph_options.optimizer_options
-                options.global_jit_level = tf.OptimizerOptions.ON_1
-            return config
+    def _train(self, input_fn: Callable[..., Any], start: int, stop: int) -> None:
+        config = self._config
+        with tf.Graph().as_default():
+            # With the same seed after each start, a resumed training would see the first batches
+            # and masks again.
+            spec = self._build(ModeKeys.TRAIN, input_fn, self._runtime["seed"] + start)
+            monitor = _Monitor(spec.loss, config.tpu_config.iterations_per_loop)
+            keep = config.keep_checkpoint_max or 0
+            scaffold = tf.train.Scaffold(
+                saver=tf.train.Saver(max_to_keep=keep, save_relative_paths=True)
+            )
+            save = tf.train.CheckpointSaverHook(
+                config.model_dir,
+                save_steps=config.save_checkpoints_steps,
+                scaffold=scaffold,
+                listeners=[_CheckpointListener(config.model_dir)],
+            )
+            creator = tf.train.ChiefSessionCreator(
+                scaffold, config=self._session_config(), checkpoint_dir=config.model_dir
+            )
+            stop_hook = tf.train.StopAtStepHook(last_step=stop)
+            hooks = [save, monitor, stop_hook, *spec.training_hooks]
+            with tf.train.MonitoredSession(creator, hooks) as session:
+                while not session.should_stop():
+                    session.run(spec.train_op)
+        if monitor.interrupted:
+            sys.exit(subprocesses.INTERRUPTED)
+
+    def evaluate(self, input_fn: Callable[..., Any], steps: int) -> dict[str, Any]:
+        """Return a checkpoint's metrics over `steps` batches, `loss` and `global_step`.
+
+        The seed is always the same, and with it masks and samples.
+        """
+        with _report_errors(), tf.Graph().as_default():
+            spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
+            metric_fn, tensors = spec.eval_metrics
+            streaming = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
+            values = {name: value for name, (value, _) in streaming.items()}
+            values["global_step"] = tf.train.get_global_step()
+            updates = [update for _, update in streaming.values()]
+            creator = tf.train.ChiefSessionCreator(
+                checkpoint_filename_with_path=self._runtime["checkpoint"],
+                config=self._session_config(),
+            )
+            with tf.train.MonitoredSession(creator, hooks=spec.evaluation_hooks) as session:
+                for _ in range(steps):
+                    session.run(updates)
+                # Without the hooks, which would read another batch.
+                results: dict[str, Any] = session.run_step_fn(
+                    lambda step_context: step_context.session.run(values)
+                )
+        scalars = {ours: float(results[name]) for name, ours in metrics.UPSTREAM.items()}
+        examples = steps * self._batch_size[ModeKeys.EVAL]
+        events.emit(events.Evaluation(int(results["global_step"]), examples, scalars))
+        return results
+
+    def _build(self, mode: str, input_fn: Callable[..., Any], seed: int) -> Any:
+        _watched.clear()
+        tf.set_random_seed(seed)
+        # The optimizer reads the step for the learning rate and advances it. With one cached read
+        # per session.run(), the learning rate never sees the advanced step.
+        with tf.variable_scope(tf.get_variable_scope(), caching_device=lambda op: op.device):
+            tf.train.create_global_step()
+        params = {"batch_size": self._batch_size[mode]}
+        features = tf.data.make_one_shot_iterator(input_fn(params)).get_next()
+        return self._model_fn(features, None, mode, params)
+
+    def _session_config(self) -> Any:
+        tf32 = self._runtime.get("precision") == "tf32"
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+        config = tf.ConfigProto(allow_soft_placement=True)
+        config.gpu_options.allow_growth = True
+        return config
 
 
-tpu = _TPU
+#: `tf.estimator.tpu`, through which the scripts go on every device. They read back the attributes
+#: of a configuration that they set, and nothing else.
+tpu = types.SimpleNamespace(
+    InputPipelineConfig=types.SimpleNamespace(PER_HOST_V2=3),
+    RunConfig=types.SimpleNamespace,
+    TPUConfig=types.SimpleNamespace,
+    TPUEstimator=TPUEstimator,
+    TPUEstimatorSpec=types.SimpleNamespace,
+)
 
 
 @contextlib.contextmanager
@@ -274,13 +245,14 @@ def _scalars(values: dict[str, Any]) -> dict[str, float]:
     not_sampled = np.zeros_like(correct)
     tally.add_generator(correct, not_sampled, values["mlm_loss"], values["masked_lm_weights"])
     tally.add_discriminator(values["logits"], values["disc_labels"], values["input_mask"])
-    scalars = tally.values()
+    scalars = tally.values() | {
+        "loss/generator": float(values["generator"]),
+        "loss/discriminator": float(values["discriminator"]),
+        "train/learning_rate": float(values["learning_rate"]),
+        "train/gradient_norm": float(values["gradient_norm"]),
+    }
     del scalars["generator/sampled_accuracy"]
-    scalars["loss/generator"] = float(values["generator"])
-    scalars["loss/discriminator"] = float(values["discriminator"])
-    scalars["train/learning_rate"] = float(values["learning_rate"])
-    scalars["train/gradient_norm"] = float(values["gradient_norm"])
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # the monitor asks the driver for a GPU's
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # a GPU's memory is not the process's
         kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         scalars["memory/gigabytes"] = kibibytes * 1024 / 1e9
     return scalars

@@ -22,8 +22,8 @@ from typing import IO, Any
 from electra_wrap.data import parts, tfrecords
 from electra_wrap.data.vocab import WordCache
 
-# The tokenizer keeps these characters of cased text as they are: no control characters, no
-# whitespace, and no scripts that it splits by character.
+# Most words can do without upstream's slow tokenizer. It leaves these characters of cased text as
+# they are: no control characters, no white space, and no scripts that it splits by character.
 _KEPT = "".join(c for c in map(chr, range(0x250)) if unicodedata.category(c)[0] not in "CZ")
 _PUNCTUATION = string.punctuation + "".join(c for c in _KEPT if unicodedata.category(c)[0] == "P")
 _PLAIN = re.compile(f"[{re.escape(_KEPT)}]+")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from electra_wrap import subprocesses, weights
-from electra_wrap.errors import ElectraWrapError, from_os_error
+from electra_wrap.errors import ElectraWrapError
 from electra_wrap.tools import convert
 
 subprocesses.call = lambda module, function, arguments: getattr(weights, function)(**arguments)
@@ -21,8 +21,6 @@ for directory, options in json.load(sys.stdin):
     try:
         convert.from_tensorflow(Path(directory), Path(directory) / "hf", **options)
         errors.append(None)
-    except OSError as error:
-        errors.append(str(from_os_error(error)))
-    except ElectraWrapError as error:
+    except (OSError, ElectraWrapError) as error:
         errors.append(str(error))
 print(json.dumps(errors))

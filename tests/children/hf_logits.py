@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
+torch.set_grad_enabled(False)
 directory, source, target = sys.argv[1:]
 names = ("input_ids", "attention_mask", "token_type_ids")
 arrays = np.load(source).values()
@@ -25,18 +26,15 @@ def infer(model):
         layer.attention.self.key.register_forward_hook(lambda *a: keys.append(a[2]))
         for layer in model.electra.encoder.layer
     ]
-    with torch.no_grad():
-        logits = model(**inputs).logits
+    logits = model(**inputs).logits
     for hook in hooks:
         hook.remove()
     return logits, torch.stack(keys)
 
 
 models, results = {}, {}
-for network, model_class in (
-    ("discriminator", ElectraForPreTraining),
-    ("generator", ElectraForMaskedLM),
-):
+classes = {"discriminator": ElectraForPreTraining, "generator": ElectraForMaskedLM}
+for network, model_class in classes.items():
     model, report = model_class.from_pretrained(f"{directory}/{network}", output_loading_info=True)
     assert not any(report.values()), report
     models[network] = model.eval()
@@ -46,14 +44,12 @@ np.savez(target, **results)
 differences = []
 for network, changes in json.loads(sys.stdin.read() or "[]"):
     parameters = dict(models[network].named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in changes}
-    with torch.no_grad():
-        for name, other in changes.items():
-            parameters[name].copy_(kept[other] if other else torch.zeros_like(kept[name]))
+    kept = {name: parameters[name].clone() for name in changes}
+    for name, other in changes.items():
+        parameters[name].copy_(kept[other] if other else torch.zeros_like(kept[name]))
     changed = infer(models[network])
-    with torch.no_grad():
-        for name, value in kept.items():
-            parameters[name].copy_(value)
+    for name, value in kept.items():
+        parameters[name].copy_(value)
     expected = results[network], results[f"{network}_keys"]
     pairs = zip(changed, expected, strict=True)
     differences.append(max(float(np.abs(a.numpy() - b).max()) for a, b in pairs))

@@ -12,4 +12,5 @@ from electra_wrap.native import train
 original_config = profile.hf_config
 no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 profile.hf_config = lambda *arguments: original_config(*arguments) | no_dropout
-assert train.train(Path(sys.argv[1]))
+if __name__ == "__main__":
+    assert train.train(Path(sys.argv[1]))

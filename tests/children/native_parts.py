@@ -1,15 +1,15 @@
 """Parts of the native model by themselves, as JSON: initial values, samples, learning rates."""
 
 import json
-import sys
 
 import torch
 from torch.nn import functional as F
 
+from electra_wrap import profiles
 from electra_wrap.native import model
-from electra_wrap.profile import NETWORKS, Profile
+from electra_wrap.profile import NETWORKS, Train
 
-profile = Profile.load("spanish-tiny")
+profile = profiles.load("spanish-tiny")
 torch.manual_seed(0)
 electra = model.Electra({name: profile.hf_config(name, 4000) for name in NETWORKS})
 initial = {
@@ -20,15 +20,13 @@ initial = {
 
 # 20,000 samples of one distribution over 1,300 words, which take two blocks and a part of one.
 n, words = 20_000, 1300
-embeddings, hidden = torch.randn(words, 8), torch.randn(1, 8)
-bias = torch.randn(words)
+embeddings, hidden, bias = torch.randn(words, 8), torch.randn(1, 8), torch.randn(words)
 bias[[0, 7, -1]] = -200.0  # words with a probability of zero
-labels = torch.randint(words, (n,))
-weights = torch.rand(n)
+labels, weights = torch.randint(words, (n,)), torch.rand(n)
 draws = (torch.arange(n) + 0.5) / n
-rows = hidden.repeat(n, 1).requires_grad_()
-embeddings.requires_grad_()
-bias.requires_grad_()
+rows = hidden.repeat(n, 1)
+for tensor in (rows, embeddings, bias):
+    tensor.requires_grad_()
 loss, sampled, _, _ = model.masked_lm(rows, embeddings, bias, labels, weights, draws)
 gradients = torch.autograd.grad(2.5 * loss, (rows, embeddings, bias))
 logits = rows @ embeddings.T + bias
@@ -37,7 +35,7 @@ plain_gradients = torch.autograd.grad(2.5 * plain_loss, (rows, embeddings, bias)
 expected = n * logits[0].softmax(0)
 ends = torch.tensor([0.0, 1e-7, 0.5, 1.0])  # rounded to float32, a number below 1 may be 1
 _, at_ends, _, _ = model.masked_lm(rows[:4], embeddings, bias, labels[:4], weights[:4], ends)
-rate, steps, warmup = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+settings = Train(learning_rate=1.0, steps=10, warmup_steps=4)
 answer = {
     "initial": initial,
     "times": torch.bincount(sampled, minlength=words).tolist(),
@@ -48,6 +46,6 @@ answer = {
         ((ours - plain).abs().max() / plain.abs().max()).item()
         for ours, plain in zip(gradients, plain_gradients, strict=True)
     ],
-    "rates": [model.learning_rate(step, rate, steps, warmup) for step in range(steps + 1)],
+    "rates": [model.learning_rate(step, settings) for step in range(11)],
 }
 print(json.dumps(answer))

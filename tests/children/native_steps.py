@@ -8,12 +8,13 @@ these replace the generator's samples.
 import sys
 from pathlib import Path
 
+import native_no_dropout  # noqa: F401 - turns dropout off
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from electra_wrap import profile
 from electra_wrap.native import exchange, model, train
+from electra_wrap.profile import NETWORKS
 
 directory, out = map(Path, sys.argv[1:3])
 samples = iter(np.load(sys.argv[3])) if sys.argv[3:] else None
@@ -25,10 +26,6 @@ def record(**arrays):
     for name, value in arrays.items():
         recorded.setdefault(name, []).append(np.asarray(value))
 
-
-original_config = profile.hf_config
-no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-profile.hf_config = lambda *arguments: original_config(*arguments) | no_dropout
 
 optimizer, masked_lm, forward = model.optimizer, model.masked_lm, model.Electra.forward
 clip = Accelerator.clip_grad_norm_
@@ -51,7 +48,7 @@ def recording_masked_lm(*arguments):
 def recording_forward(self, batch):
     record(**batch)
     outputs = forward(self, batch)
-    record(**{f"{name}_loss": outputs[name].detach() for name in ("loss", *profile.NETWORKS)})
+    record(**{f"{name}_loss": outputs[name].detach() for name in ("loss", *NETWORKS)})
     return outputs
 
 
@@ -60,7 +57,7 @@ def recording_clip(self, *arguments):
     if not path.exists():
         gradients = {
             f"{name}.{key}": parameter.grad
-            for name in profile.NETWORKS
+            for name in NETWORKS
             for key, parameter in getattr(trained[0][0], name).named_parameters()
         }
         np.savez(path, **gradients)

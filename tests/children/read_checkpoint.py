@@ -7,9 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 for directory in sys.argv[1:]:
-    latest = max(
-        Path(directory).glob("*.index"), key=lambda path: int(path.stem.rpartition("-")[2])
-    )
-    reader = tf.train.load_checkpoint(str(latest.with_suffix("")))
+    prefixes = [path.with_suffix("") for path in Path(directory).glob("*.index")]
+    latest = max(prefixes, key=lambda prefix: int(prefix.name.rpartition("-")[2]))
+    reader = tf.train.load_checkpoint(str(latest))
     names = reader.get_variable_to_shape_map()
     np.savez(f"{directory}/values.npz", **{name: reader.get_tensor(name) for name in names})

@@ -13,13 +13,10 @@ engine, directory, checkout = sys.argv[1:]
 times = []
 
 
-def timed(method, *, before):
+def timed(method):
     def call(*arguments):
-        if before:
-            times.append(time.perf_counter())
         result = method(*arguments)
-        if not before:
-            times.append(time.perf_counter())
+        times.append(time.perf_counter())
         return result
 
     return call
@@ -28,7 +25,7 @@ def timed(method, *, before):
 if engine == "native":
     from electra_wrap.native import train
 
-    train.StopRequest.is_requested = timed(train.StopRequest.is_requested, before=True)
+    train.StopRequest.is_requested = timed(train.StopRequest.is_requested)
     train.train(Path(directory))
 else:
     import os
@@ -37,7 +34,7 @@ else:
     os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
     from electra_wrap.upstream import estimator
 
-    estimator._Monitor.after_run = timed(estimator._Monitor.after_run, before=False)
+    estimator._Monitor.after_run = timed(estimator._Monitor.after_run)
     model_name = json.loads((Path(directory) / "profile.json").read_text())["model_name"]
     arguments = [f"--data-dir={directory}", f"--model-name={model_name}"]
     sys.argv = ["run_pretraining.py", *arguments, f"--hparams={directory}/hparams.json"]

@@ -1,53 +1,41 @@
-"""Write logits of both networks, by upstream's own graph, from a checkpoint for given inputs."""
+"""Write logits of both networks, by upstream's own graph, from a checkpoint for given inputs.
+
+Arguments: CHECKOUT DIRECTORY INPUTS.npz OUTPUTS.npz HPARAMS. Both networks get the inputs as they
+are, because every token is "masked" with itself, and its own sample.
+"""
 
 import json
-import os
 import sys
-import types
 
-checkout, directory, source, target, hparams = sys.argv[1:]
-sys.path.insert(0, checkout)
-os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
+import given  # isort: split
 
-import configure_pretraining  # noqa: E402
-import numpy as np  # noqa: E402
-import run_pretraining  # noqa: E402
-from model import modeling  # noqa: E402, F401
-from pretrain import pretrain_data  # noqa: E402
-from util import training_utils  # noqa: E402
+import configure_pretraining
+import numpy as np
+import run_pretraining
 
+from electra_wrap.upstream import estimator
+
+directory, source, target, hparams = sys.argv[1:]
 tf = run_pretraining.tf
+ids, mask, segments = np.load(source).values()
+features = {
+    "input_ids": ids,
+    "input_mask": mask,
+    "segment_ids": segments,
+    "masked_lm_positions": np.tile(np.arange(ids.shape[1]), (len(ids), 1)),
+    "masked_lm_ids": ids,
+    "masked_lm_weights": np.ones(ids.shape),
+    "masked": ids,
+    "sampled": ids,
+}
+batch = {name: tf.constant(value) for name, value in given.install(features).items()}
 config = configure_pretraining.PretrainingConfig("m", directory, **json.loads(hparams))
-shape = training_utils.get_bert_config(config)
-generator_shape = run_pretraining.get_generator_config(config, shape)
-ids, mask, types_ = (tf.constant(value, tf.int32) for value in np.load(source).values())
-inputs = pretrain_data.Inputs(ids, mask, types_, None, None, None)
-
-untied = config.untied_generator_embeddings
-generator = run_pretraining.build_transformer(
-    config,
-    inputs,
-    False,
-    generator_shape,
-    embedding_size=None if untied else config.embedding_size,
-    untied_embeddings=untied,
-    scope="generator",
-)
-with tf.variable_scope("generator_predictions"):
-    generator_logits = run_pretraining.get_token_logits(
-        generator.get_sequence_output(), generator.get_embedding_table(), shape
-    )
-discriminator = run_pretraining.build_transformer(
-    config, inputs, False, shape, embedding_size=config.embedding_size
-)
-model = types.SimpleNamespace(_config=config, _bert_config=shape)
-output = run_pretraining.PretrainingModel._get_discriminator_output(
-    model, inputs, discriminator, tf.zeros_like(ids)
-)
-
+model = run_pretraining.PretrainingModel(config, batch, is_training=False)
+# The discriminator's head returns probabilities. The logits are the input of their sigmoid.
+logits = {
+    "discriminator": estimator._watched["disc_probs"].op.inputs[0],
+    "generator": model.mlm_output.logits,
+}
 with tf.Session() as session:
     tf.train.Saver().restore(session, f"{directory}/model.ckpt-3")
-    # The head returns probabilities. The logits are the input of their sigmoid.
-    discriminator_logits = output.probs.op.inputs[0]
-    logits = session.run({"discriminator": discriminator_logits, "generator": generator_logits})
-np.savez(target, **logits)
+    np.savez(target, **session.run(logits))

@@ -1,46 +1,38 @@
 """Write the results of upstream's masking of given sequences, with given positions and coins."""
 
-import os
 import sys
 
-checkout, vocabulary, source, target, probability = sys.argv[1:]
-sys.path.insert(0, checkout)
-os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
+import given  # noqa: F401
 
-import configure_pretraining  # noqa: E402
-import numpy as np  # noqa: E402
-import run_pretraining  # noqa: E402, F401  (the patches' TensorFlow)
-from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
+# isort: split
 
+import configure_pretraining
+import numpy as np
+import run_pretraining  # noqa: F401  (the patches' TensorFlow)
+from pretrain import pretrain_data, pretrain_helpers
+
+vocabulary, source, target, probability = sys.argv[1:]
 tf = pretrain_helpers.tf
-given = np.load(source)
-ids = given["ids"].astype(np.int32)
-inside = np.arange(ids.shape[1]) < given["sizes"][:, None]
+values = np.load(source)
+ids = values["ids"].astype(np.int32)
+inside = np.arange(ids.shape[1]) < values["sizes"][:, None]
 config = configure_pretraining.PretrainingConfig(
     "m", "x", max_seq_length=ids.shape[1], vocab_file=vocabulary, mask_prob=float(probability)
 )
-logits = []
+fetches = {}
 
 
-def categorical(values, number, dtype):
-    logits.append(values)
-    return tf.constant(given["positions"], dtype)
+def categorical(logits, number, dtype):
+    fetches["candidates"] = logits
+    return tf.constant(values["positions"], dtype)
 
 
 tf.random.categorical = categorical
-tf.random.uniform = lambda shape, *rest, **keys: tf.constant(given["coins"], tf.float32)
-inputs = pretrain_data.Inputs(
-    tf.constant(ids), tf.constant(inside, tf.int32), None, None, None, None
-)
+tf.random.uniform = lambda shape, *rest, **keys: tf.constant(values["coins"], tf.float32)
+features = {"input_ids": tf.constant(ids), "input_mask": tf.constant(inside, tf.int32)}
+inputs = pretrain_data.features_to_inputs(features | {"segment_ids": None})
 masked = pretrain_helpers.mask(config, inputs, config.mask_prob)
+fetches["masked"], fetches["positions"] = masked.input_ids, masked.masked_lm_positions
+fetches["labels"], fetches["weights"] = masked.masked_lm_ids, masked.masked_lm_weights
 with tf.Session() as session:
-    results = session.run(
-        {
-            "candidates": logits[0],
-            "masked": masked.input_ids,
-            "positions": masked.masked_lm_positions,
-            "labels": masked.masked_lm_ids,
-            "weights": masked.masked_lm_weights,
-        }
-    )
-np.savez(target, **results)
+    np.savez(target, **session.run(fetches))

@@ -5,104 +5,48 @@ into OUT, and a checkpoint of the last step into the model's directory.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-checkout, data_dir, model_name, hparams, steps, out = sys.argv[1:]
-sys.path.insert(0, checkout)
-os.environ["ELECTRA_WRAP_RUNTIME"] = '{"seed": 0}'
+import given  # isort: split
 
-import configure_pretraining  # noqa: E402
-import given  # noqa: E402
-import numpy as np  # noqa: E402
-import run_pretraining  # noqa: E402
-from model import modeling, optimization  # noqa: E402
-from pretrain import pretrain_data, pretrain_helpers  # noqa: E402
+import configure_pretraining
+import numpy as np
+import run_pretraining
+from model import modeling, optimization
 
-tf = run_pretraining.tf
-config = configure_pretraining.PretrainingConfig(
-    model_name, data_dir, **json.loads(Path(hparams).read_text())
-)
-recorded = dict(np.load(steps))
-arrays = given.features(recorded)
+from electra_wrap.upstream import estimator
 
-tensors: dict[str, object] = {}
-features: dict[str, object] = {}
-losses: list[list[float]] = []
+data_dir, model_name, hparams, steps, out = sys.argv[1:]
+values = json.loads(Path(hparams).read_text()) | {"iterations_per_loop": 1}  # logs every step
+config = configure_pretraining.PretrainingConfig(model_name, data_dir, **values)
+given.install(given.features(dict(np.load(steps))))
 modeling.dropout = lambda tensor, probability: tensor
-pretrain_helpers.mask = lambda config, inputs, *rest: pretrain_data.get_updated_inputs(
-    inputs, input_ids=features["masked"]
-)
-pretrain_helpers.sample_from_softmax = lambda logits, disallow=None: tf.one_hot(
-    features["sampled"], config.vocab_size, dtype=tf.float32
-)
-
-clip = optimization.tf.clip_by_global_norm
+gradients, losses = [], []
+clip, scalars = optimization.tf.clip_by_global_norm, estimator._scalars
 
 
-def recorded_clip(gradients, **keys):
-    names = (variable.name.removesuffix(":0") for variable in tf.trainable_variables())
-    tensors["gradients"] = dict(zip(names, gradients, strict=True))
-    return clip(gradients, **keys)
+def recording_clip(values, **keys):
+    names = [
+        variable.name.removesuffix(":0") for variable in run_pretraining.tf.trainable_variables()
+    ]
+    estimator.watch(gradients=dict(zip(names, values, strict=True)))
+    return clip(values, **keys)
 
 
-optimization.tf.clip_by_global_norm = recorded_clip
+def recording_scalars(values):
+    gradients.append(values["gradients"])
+    return scalars(values)
 
 
-def record_loss(name, method):
-    def recorded(*arguments):
-        output = method(*arguments)
-        tensors[name] = output.loss
-        return output
-
-    return recorded
+def record(step):
+    losses.append(
+        [step.scalars[f"loss/{name}"] for name in ("total", "generator", "discriminator")]
+    )
 
 
-graph = run_pretraining.PretrainingModel
-graph._get_masked_lm_output = record_loss("generator", graph._get_masked_lm_output)
-graph._get_discriminator_output = record_loss("discriminator", graph._get_discriminator_output)
-
-
-class Record(tf.estimator.SessionRunHook):
-    def before_run(self, context):
-        names = ["loss", "generator", "discriminator"]
-        if not losses:  # the first step
-            names.append("gradients")
-        return tf.estimator.SessionRunArgs({name: tensors[name] for name in names})
-
-    def after_run(self, context, values):
-        results = values.results
-        if not losses:
-            np.savez(Path(out) / "gradients.npz", **results["gradients"])
-        losses.append([float(results[name]) for name in ("loss", "generator", "discriminator")])
-
-
-build = run_pretraining.model_fn_builder(config)
-
-
-def model_fn(batch, labels, mode, params):
-    features.update(batch)
-    spec = build(batch, labels, mode, params)
-    tensors["loss"] = spec.loss
-    spec.training_hooks = [Record()]
-    return spec
-
-
-tpu = tf.estimator.tpu
-estimator = tpu.TPUEstimator(
-    model_fn,
-    tpu.RunConfig(
-        cluster=None,
-        model_dir=config.model_dir,
-        save_checkpoints_steps=1000,
-        keep_checkpoint_max=5,
-        tpu_config=tpu.TPUConfig(iterations_per_loop=1000),
-    ),
-    train_batch_size=config.train_batch_size,
-    eval_batch_size=1,
-)
-estimator.train(
-    lambda params: tf.data.Dataset.from_tensor_slices(arrays), max_steps=config.num_train_steps
-)
+optimization.tf.clip_by_global_norm = recording_clip
+estimator._scalars, estimator.events.emit = recording_scalars, record
+run_pretraining.train_or_eval(config)
 np.savez(Path(out) / "losses.npz", losses=np.array(losses))
+np.savez(Path(out) / "gradients.npz", **gradients[0])

@@ -3,13 +3,14 @@
 import sys
 
 import numpy as np
-import tensorflow.compat.v1 as tf
+import tensorflow as tf
 
-tf.disable_v2_behavior()
 for directory in sys.argv[1:]:
-    with tf.Graph().as_default(), tf.Session() as session:
-        for name, value in np.load(f"{directory}/values.npz").items():
-            tf.get_variable(name, initializer=value)
-        session.run(tf.global_variables_initializer())
-        saver = tf.train.Saver(save_relative_paths=True)
-        saver.save(session, f"{directory}/model.ckpt-3", write_meta_graph=False)
+    values = dict(np.load(f"{directory}/values.npz"))
+    tf.raw_ops.SaveV2(
+        prefix=f"{directory}/model.ckpt-3",
+        tensor_names=list(values),
+        shape_and_slices=[""] * len(values),
+        tensors=list(values.values()),
+    )
+    tf.compat.v1.train.update_checkpoint_state(directory, "model.ckpt-3")

@@ -20,15 +20,9 @@ for name, model_class, tokens in (
     ("generator", ElectraForMaskedLM, vocabulary),
     ("other/generator", ElectraForMaskedLM, [*vocabulary, "more"]),
 ):
-    config = ElectraConfig(
-        vocab_size=len(tokens),
-        embedding_size=32,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=length,
-    )
+    shape = {"embedding_size": 32, "hidden_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 64}
+    config = ElectraConfig(vocab_size=len(tokens), max_position_embeddings=length, **shape)
     model = model_class(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # so that small and large probabilities occur
@@ -38,7 +32,6 @@ for name, model_class, tokens in (
             median = model.eval()(torch.randint(len(tokens), (8, length))).logits.median()
             model.discriminator_predictions.dense_prediction.bias -= median
     model.save_pretrained(directory / name)
-    vocab.write_tokenizer(
-        directory / name, tokens, lowercase=False, strip_accents=False, max_length=length
-    )
+    keys = {"lowercase": False, "strip_accents": False, "max_length": length}
+    vocab.write_tokenizer(directory / name, tokens, **keys)
 shutil.copytree(directory / "discriminator", directory / "other" / "discriminator")
