@@ -261,7 +261,7 @@ def fake_upstream(git_repository: Path, tmp_path: Path, monkeypatch: pytest.Monk
     lock.write_text(
         f'url = "{git_repository}"\ncommit = "{git(git_repository, "rev-parse", "HEAD")}"\n'
         f'tree = "{git(git_repository, "rev-parse", "HEAD^{tree}")}"\n'
-        f'patched_tree = "{git(copy, "write-tree")}"\nlicence = "none"\n',
+        f'patched_tree = "{git(copy, "write-tree")}"\nlicense = "none"\n',
         encoding="utf-8",
     )
     monkeypatch.setattr(paths, "LOCK_FILE", lock)

@@ -29,8 +29,8 @@ from electra_wrap.profile import toml
 from electra_wrap.progress import format_duration, warn
 from electra_wrap.run import Run
 
-#: Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Colors that color-blind people can tell apart (Okabe and Ito, 2008).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 #: The figures: title, unit and tag of the scalar.
 FIGURES = (
@@ -125,23 +125,23 @@ def _draw_figures(curves: Sequence[Curves], names: Sequence[str]) -> list[tuple[
 
 
 def _plot(axes: Axes, curves: Sequence[Curves], names: Sequence[str], tag: str) -> None:
-    """Plot a tag: of one run with a colour for each source, of several with one for each run."""
+    """Plot a tag: of one run with a color for each source, of several with one for each run."""
     for run_index, by_source in enumerate(curves):
         for source_index, (source, by_tag) in enumerate(by_source.items()):
             if tag not in by_tag:
                 continue
-            label, colour, marker = source, source_index, "o" if source_index else ""
+            label, color, marker = source, source_index, "o" if source_index else ""
             if len(curves) > 1:
                 # Matplotlib hides labels that begin with "_", and "$" begins a formula.
                 name = "\u200b" + names[run_index].replace("$", r"\$")
-                label, colour = "_" if source_index else name, run_index
+                label, color = "_" if source_index else name, run_index
             steps, values = shorten(by_tag[tag]).T
             (line,) = axes.plot(steps, values, marker=marker, lw=1.2, ms=4, mec="white")
-            line.set(color=COLOURS[colour % len(COLOURS)], label=label)
+            line.set(color=COLORS[color % len(COLORS)], label=label)
 
 
 def shorten(curve: np.ndarray) -> np.ndarray:
-    """Reduce a curve, [n, 2], to at most POINTS means of neighbouring points."""
+    """Reduce a curve, [n, 2], to at most POINTS means of neighboring points."""
     parts = np.array_split(curve, min(len(curve), POINTS))
     return np.array([part.mean(axis=0) for part in parts])
 

@@ -45,7 +45,7 @@ class Pin:
     commit: str
     tree: str
     patched_tree: str
-    licence: str
+    license: str
 
     @classmethod
     def read(cls) -> Pin:
