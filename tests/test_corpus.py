@@ -64,7 +64,7 @@ def test_held_out_text_stays_held_out_in_a_larger_corpus(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("lines", "held_out"), [(2, 0.005), (2, 0.9), (999, 0.005), (1001, 0.2), (59_660, 0.005)]
 )
-def test_a_small_corpus_without_blank_lines_has_held_out_text(
+def test_small_corpus_without_blank_lines_has_held_out_text(
     tmp_path: Path, lines: int, held_out: float
 ) -> None:
     path = write(tmp_path / "t", "".join(f"frase {i}\n" for i in range(lines)))
@@ -75,7 +75,7 @@ def test_a_small_corpus_without_blank_lines_has_held_out_text(
 
 
 @pytest.mark.parametrize("held_out", [0.001, 0.999])
-def test_a_small_corpus_of_documents_has_held_out_and_training_text(
+def test_small_corpus_of_documents_has_held_out_and_training_text(
     tmp_path: Path, held_out: float
 ) -> None:
     documents = [f"documento {i}\nsegunda línea {i}\n\n" for i in range(6)]
@@ -88,7 +88,7 @@ def test_a_small_corpus_of_documents_has_held_out_and_training_text(
 
 
 @pytest.mark.parametrize("text", ["una\ndos\n", "una\n\nuna\n\n"])
-def test_a_corpus_that_cannot_be_divided_is_trained_on(tmp_path: Path, text: str) -> None:
+def test_corpus_that_cannot_be_divided_is_trained_on(tmp_path: Path, text: str) -> None:
     for held_out in (0.001, 0.999):
         counts, parts, held = shard(tmp_path, [write(tmp_path / "t", text)], held_out=held_out)
         assert "".join(parts) and not held and counts["held_out_lines"] == 0
@@ -140,7 +140,7 @@ def test_enormous_lines_are_cut_between_characters_within_one_document(
     assert counts["invalid_utf8"] == 0 and counts["documents"] == 1
 
 
-def test_an_enormous_line_at_the_end_of_a_file_ends_there(tmp_path: Path) -> None:
+def test_enormous_line_at_the_end_of_a_file_ends_there(tmp_path: Path) -> None:
     names = [write(tmp_path / "a", "uno\n" + "x" * 100_000), write(tmp_path / "b", "dos\ntres\n")]
     for policy, middle in (("repair", "x" * 100_000 + "\n"), ("skip", "")):
         counts, (text,), _ = shard(tmp_path, names, bad_lines=policy)
@@ -172,7 +172,7 @@ def test_files_in_other_formats_are_refused(tmp_path: Path, content: bytes, mess
         shard(tmp_path, [write(tmp_path / "t", content)])
 
 
-def test_a_long_document_is_not_divided_between_training_and_held_out_text(tmp_path: Path) -> None:
+def test_long_document_is_not_divided_between_training_and_held_out_text(tmp_path: Path) -> None:
     path = write(tmp_path / "t", "\n".join(f"{i}\n" * 2500 for i in range(20)))
     _, parts, held_out = shard(tmp_path, [path], held_out=0.3)
     assert held_out and not set(held_out.split()) & set("".join(parts).split())
@@ -241,12 +241,12 @@ def test_max_lines_counts_lines_of_all_files(tmp_path: Path) -> None:
     assert counts["lines"] == 4
 
 
-def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
+def test_corpus_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text to train on"):
         shard(tmp_path, [write(tmp_path / "t", "\n \n\n")])
 
 
-def test_a_directory_stands_for_its_text_files(tmp_path: Path) -> None:
+def test_directory_stands_for_its_text_files(tmp_path: Path) -> None:
     """Except for the vocabulary, and what is in the run directory."""
     data, run = tmp_path / "data", tmp_path / "data" / "runs"
     for name in ("a.txt", "sub/b.txt", "vocab.txt", "tokenizer.json", "runs/corpus/part-00000.txt"):
@@ -261,7 +261,7 @@ def test_a_directory_stands_for_its_text_files(tmp_path: Path) -> None:
     ("name", "message"),
     [("nowhere.txt", "no such file"), ("nowhere*.txt", "has no text"), ("empty", "has no text")],
 )
-def test_a_source_without_text_is_refused(tmp_path: Path, name: str, message: str) -> None:
+def test_source_without_text_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=message):
         corpus.find_sources([str(tmp_path / name)], tmp_path / "run")

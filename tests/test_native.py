@@ -279,7 +279,7 @@ def test_training_uses_existing_records(upstream: Path, corpus_text: Path, tmp_p
 
 
 @pytest.mark.upstream
-def test_a_run_changes_engines_during_training(
+def test_run_changes_engines_during_training(
     upstream: Path, corpus_text: Path, tmp_path: Path
 ) -> None:
     """Upstream to native to upstream: weights and Adam's slots are handed over bit for bit."""
@@ -573,7 +573,7 @@ def test_processes_and_micro_batches_do_not_change_the_loss(
     assert found["one"] != uninterrupted[1], "dropout was on there"
 
 
-def test_a_loss_that_is_not_finite_is_reported(corpus_text: Path, tmp_path: Path) -> None:
+def test_loss_that_is_not_finite_is_reported(corpus_text: Path, tmp_path: Path) -> None:
     run = native(corpus_text, tmp_path / "run", "train.learning_rate=1e30", *TWELVE[1:])
     expected = r"diverged at step \d: the loss is .*finite.*; the whole log is"
     with pytest.raises(StageFailed, match=expected):
@@ -581,7 +581,7 @@ def test_a_loss_that_is_not_finite_is_reported(corpus_text: Path, tmp_path: Path
     assert checkpoint_steps(run.model_dir) == []
 
 
-def test_a_batch_that_cannot_be_divided_is_refused(
+def test_batch_that_cannot_be_divided_is_refused(
     uninterrupted: tuple[Run, Steps], tmp_path: Path
 ) -> None:
     run = copy(uninterrupted[0], tmp_path / "run")
@@ -646,7 +646,7 @@ def test_model_files_are_readable_as_the_umask_allows(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_has_the_same_loss(
+def test_compiled_model_has_the_same_loss(
     uninterrupted: tuple[Run, Steps], tmp_path: Path
 ) -> None:
     """In one graph, as CUDA graphs need it, and in two processes."""
@@ -659,7 +659,7 @@ def test_a_compiled_model_has_the_same_loss(
         assert found[1][step] == pytest.approx(scalars, rel=1e-5)
 
 
-def test_a_store_returns_what_was_written(uninterrupted: tuple[Run, Steps]) -> None:
+def test_store_returns_what_was_written(uninterrupted: tuple[Run, Steps]) -> None:
     run = uninterrupted[0]
     tokens = vocab.read(run.vocabulary)
     encode = vocab.line_encoder(tokens, **run.profile.tokenizer.normalization)
@@ -699,7 +699,7 @@ def test_every_example_comes_once_an_epoch(uninterrupted: tuple[Run, Steps]) -> 
             assert ((np.concatenate(found) if value.ndim else found[0]) == value).all(), name
 
 
-def test_a_batch_with_nothing_to_mask_is_reported(tmp_path: Path) -> None:
+def test_batch_with_nothing_to_mask_is_reported(tmp_path: Path) -> None:
     """[CLS] and [SEP] are never masked."""
     empty, good = examples.Example([2, 3], 2), examples.Example([2, 9, 3], 3)
     examples.write(tmp_path / "good", [empty] * 4 + [good] * 4, 20)
@@ -709,7 +709,7 @@ def test_a_batch_with_nothing_to_mask_is_reported(tmp_path: Path) -> None:
         batches_of(tmp_path / "empty", 4)[0]
 
 
-def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(engine.versions("train")) == {"torch", "transformers", "accelerate"}
     monkeypatch.setitem(engine._PACKAGES, "train", ("no-such-package",))
     with pytest.raises(EnvironmentProblem, match="no-such-package is not installed; install"):

@@ -187,7 +187,7 @@ def test_unusual_servers_are_supported(server: Server) -> None:
     assert len(server.paths) == before + 4, "too many requests: repeated later"
 
 
-def test_a_file_that_changes_during_the_transfer_is_refused(server: Server) -> None:
+def test_file_that_changes_during_the_transfer_is_refused(server: Server) -> None:
     url = server.url("es.txt", TEXT)
     server.breaks, server.after = [1000], lambda: server.files.update({"/es.txt": TEXT.upper()})
     with pytest.raises(UsageError, match="changed while it was read"):
@@ -231,7 +231,7 @@ def test_urls_of_other_file_systems_and_their_globs_are_read(tmp_path: Path) -> 
 
 
 @needs_datasets
-def test_a_data_set_is_read_from_a_hub(server: Server, cli: Any, tmp_path: Path) -> None:
+def test_data_set_is_read_from_a_hub(server: Server, cli: Any, tmp_path: Path) -> None:
     """The real client reads from a server that imitates a hub."""
     rows = b'{"texto": "Uno.\\nDos."}\n{"texto": "Tres."}\n'
     files = {"README.md": b"---\nlicense: mit\n---\n", "train.jsonl": rows}
@@ -265,7 +265,7 @@ def test_archives_of_files_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @needs_datasets
-def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
+def test_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     rows = ["Uno.\nDos.\n\n \nTres.", "", "Cuatro.", "Cinco."]
     (tmp_path / "es").mkdir()
     lines = "".join(json.dumps({"texto": row}) + "\n" for row in rows)
@@ -281,7 +281,7 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
         sources.Stream(f"{sources.DATASET}a:b:c:d:e")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentProblem, match=r"needs: pip install -e '\.\[datasets\]'"):
         sources.Stream("hf://datasets/ana/textos")

@@ -56,7 +56,7 @@ def test_malformed_vocabularies_are_refused(
         vocab.read(write(tmp_path / "v", tokens))
 
 
-def test_a_binary_file_is_no_vocabulary(tmp_path: Path) -> None:
+def test_binary_file_is_no_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "v").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="not a UTF-8 vocabulary"):
         vocab.read(tmp_path / "v")
@@ -74,7 +74,7 @@ def test_training_is_reproducible(tmp_path: Path, corpus: Path) -> None:
     assert any("á" in token for token in tokens)
 
 
-def test_a_sample_is_from_everywhere_in_all_shards(tmp_path: Path, corpus: Path) -> None:
+def test_sample_is_from_everywhere_in_all_shards(tmp_path: Path, corpus: Path) -> None:
     for number, words in enumerate((("alba", "barco"), ("cielo", "duna"))):
         lines = [f"{words[line > 10_000]} número {line}" for line in range(20_000)]
         write(corpus / f"part-{number:05d}.txt", lines)
@@ -143,7 +143,7 @@ def test_transformers_tokenizes_as_in_training(
     assert answer["max_length"] == 64
 
 
-def test_a_vocabulary_is_fetched_from_a_hub(cli: Any, server: Server, tmp_path: Path) -> None:  # noqa: F811
+def test_vocabulary_is_fetched_from_a_hub(cli: Any, server: Server, tmp_path: Path) -> None:  # noqa: F811
     url = server.url("ana/bert/resolve/main/vocab.txt", "\n".join(GOOD).encode())
     hub = {"HF_ENDPOINT": url.partition("/ana")[0], "HF_HOME": str(tmp_path / "hf")}
     write(tmp_path / "t.txt", ["hola"])
@@ -162,6 +162,6 @@ def test_a_vocabulary_is_fetched_from_a_hub(cli: Any, server: Server, tmp_path: 
 
 
 @pytest.mark.skipif("ELECTRA_WRAP_SHARED" not in os.environ, reason="needs ELECTRA_WRAP_SHARED")
-def test_the_multilingual_vocabulary_has_119547_tokens() -> None:
+def test_multilingual_vocabulary_has_119547_tokens() -> None:
     tokens = vocab.read(Path(os.environ["ELECTRA_WRAP_SHARED"]) / "mbert-cased-vocab.txt")
     assert len(tokens) == 119_547
