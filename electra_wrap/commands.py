@@ -57,7 +57,7 @@ def _step(text: str) -> int | str:
 
 
 _PROFILE = _argument("--profile", default=DEFAULT_PROFILE, help="name or TOML file (%(default)s)")
-_SET = _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key")
+_SET = _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
 _RUN_DIR_OPTION = _argument("--run-dir", metavar="DIR", help="default: runs/PROFILE")
 _RUN_DIR = _argument("run_dir", metavar="RUN_DIR", type=Path)
 _RUN_DIRS = _argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
