@@ -56,6 +56,8 @@ def _main(arguments: Arguments) -> None:
     try:
         _run_command(arguments)
     except ElectraWrapError as error:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # only the message is left to print
         if arguments.debug:
             raise
         if isinstance(error, StageFailed) and error.log_tail:
@@ -71,8 +73,6 @@ def _run_command(arguments: Arguments) -> None:
     except ElectraWrapError:
         raise
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # only the message is left to print
         raise Interrupted("interrupted; the same command resumes") from None
     except BrokenPipeError:  # the reader, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

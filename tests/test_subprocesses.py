@@ -84,6 +84,40 @@ def test_second_signal_kills_the_script(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
+def test_signal_while_the_error_is_printed_is_ignored(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from electra_wrap import cli, errors
+
+class Arguments:
+    debug = False
+
+    @staticmethod
+    def function(arguments):
+        raise errors.Interrupted("interrupted; the same command resumes")
+
+class Stderr:
+    def write(self, text):
+        os.kill(os.getpid(), signal.SIGINT)
+        return sys.stdout.write(text)
+
+    def flush(self):
+        pass
+
+sys.stderr = Stderr()
+cli._main(Arguments)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stdout == "electra_wrap: error: interrupted; the same command resumes\n"
+
+
 def test_script_does_not_outlive_the_command(tmp_path: Path) -> None:
     command = start(tmp_path, "import os\nreport(os.getpid())\n" + WAITS.format(stubborn="yes"))
     assert command.stdout
