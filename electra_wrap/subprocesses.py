@@ -37,7 +37,7 @@ from electra_wrap.errors import (
 #: Environment variables that a child gets: none that injects code or holds a secret.
 _PASSED = {"PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "LD_LIBRARY_PATH"}
 _PASSED |= {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CC", "CXX"}
-_PASSED_PATTERN = re.compile("LC_|CUDA_|NVIDIA_|NCCL_|XLA_|TF_(?!VAR_|TOKEN_)")
+_PASSED_PATTERN = re.compile("LC_|CUDA_|NVIDIA_|NCCL_|TF_(?!VAR_|TOKEN_)")
 
 #: For children that load local models: nothing is fetched from a hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
