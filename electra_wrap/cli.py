@@ -53,17 +53,21 @@ def _parse(argv: list[str]) -> Arguments:
 
 def _main(arguments: Arguments) -> None:
     """Run a command. An error becomes one line and an exit code."""
+    failure: ElectraWrapError | None = None
     try:
         _run_command(arguments)
     except ElectraWrapError as error:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # only the message is left to print
-        if arguments.debug:
-            raise
-        if isinstance(error, StageFailed) and error.log_tail:
-            print(error.log_tail, file=sys.stderr)
-        print(f"electra_wrap: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        failure = error
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the work is done, or was stopped
+    if failure is None:
+        return
+    if arguments.debug:
+        raise failure
+    if isinstance(failure, StageFailed) and failure.log_tail:
+        print(failure.log_tail, file=sys.stderr)
+    print(f"electra_wrap: error: {failure}", file=sys.stderr)
+    sys.exit(failure.exit_code)
 
 
 def _run_command(arguments: Arguments) -> None:

@@ -176,6 +176,7 @@ def test_internal_error_is_one_line(
     def broken(arguments: argparse.Namespace) -> None:
         raise KeyError("one\ntwo")
 
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # pytest's own stay as they are
     with pytest.raises(SystemExit) as raised:
         cli_module._main(argparse.Namespace(function=broken, debug=False))
     assert raised.value.code == 1

@@ -646,9 +646,7 @@ def test_model_files_are_readable_as_the_umask_allows(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_model_has_the_same_loss(
-    uninterrupted: tuple[Run, Steps], tmp_path: Path
-) -> None:
+def test_compiled_model_has_the_same_loss(uninterrupted: tuple[Run, Steps], tmp_path: Path) -> None:
     """In one graph, as CUDA graphs need it, and in two processes."""
     found = []
     for compiled, launcher in ((False, [sys.executable]), (True, TORCHRUN)):

@@ -84,8 +84,19 @@ def test_second_signal_kills_the_script(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-def test_signal_while_the_error_is_printed_is_ignored(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("raised", "code", "printed"),
+    [
+        (
+            "errors.Interrupted('stopped; run again')",
+            130,
+            "electra_wrap: error: stopped; run again",
+        ),
+        ("None", 0, ""),
+    ],
+)
+def test_signal_after_the_command_is_ignored(raised: str, code: int, printed: str) -> None:
+    script = f"""
 import os, signal, sys
 from electra_wrap import cli, errors
 
@@ -94,28 +105,23 @@ class Arguments:
 
     @staticmethod
     def function(arguments):
-        raise errors.Interrupted("interrupted; the same command resumes")
+        if error := {raised}:
+            raise error
 
-class Stderr:
-    def write(self, text):
-        os.kill(os.getpid(), signal.SIGINT)
-        return sys.stdout.write(text)
-
-    def flush(self):
-        pass
-
-sys.stderr = Stderr()
-cli._main(Arguments)
+try:
+    cli._main(Arguments)
+finally:
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGINT)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 130
-    assert done.stdout == "electra_wrap: error: interrupted; the same command resumes\n"
+    assert (done.returncode, done.stderr.strip()) == (code, printed)
 
 
 def test_script_does_not_outlive_the_command(tmp_path: Path) -> None:
