@@ -47,7 +47,6 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not replace:
         raise UsageError(f"{path} exists; choose another --out, or replace it with --force")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as directory:
         directory.mkdir()
         yield directory

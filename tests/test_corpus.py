@@ -21,6 +21,7 @@ def shard(tmp_path: Path, names: list[Any], **keys: Any) -> tuple[dict[str, int]
     """Return the counts, the text of each shard, and the held-out text."""
     out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
     settings = Corpus(source="x", **{"shards": 1, **keys})
+    out.mkdir()
     counts = corpus.shard(map(str, names), out / "text", out / "heldout", settings)
     parts = [path.read_bytes().decode() for path in sorted((out / "text").iterdir())]
     return counts, parts, (out / "heldout" / "part-00000.txt").read_bytes().decode()

@@ -17,15 +17,15 @@ import pytest
 from electra_wrap import subprocesses
 from electra_wrap.engines import find_checkpoint
 from electra_wrap.errors import EnvironmentProblem, StageFailed, UsageError
-from electra_wrap.files import write_json
-from electra_wrap.monitor import evaluation, training
+from electra_wrap.files import new_directory, write_json
+from electra_wrap.monitor import evaluation, scalars, training
 from electra_wrap.pipeline.evaluate import evaluate
 from electra_wrap.pipeline.examples import build_shard
 from electra_wrap.pipeline.execute import execute
 from electra_wrap.pipeline.plan import plan, select
 from electra_wrap.pipeline.stages import STAGES
 from electra_wrap.run import MANIFEST, Run
-from electra_wrap.upstream import engine
+from electra_wrap.upstream import engine, records
 
 pytestmark = pytest.mark.usefixtures("fake_upstream")
 
@@ -402,6 +402,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert "would do: corpus (not done yet)" in printed
     assert "would do: check (depends on convert)" in printed
     assert not run.directory.exists()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda gone: new_directory(gone / "hf", replace=True).__enter__(),
+        lambda gone: scalars.Writer(gone / "models" / "m" / "eval"),
+        lambda gone: records.tf.io.gfile.makedirs(str(gone / "models" / "m")),
+    ],
+)
+def test_run_directory_whose_disk_is_gone_is_not_made_anew(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_locked_run_directory_names_the_holder(make_run: MakeRun) -> None:

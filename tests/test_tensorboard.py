@@ -27,6 +27,7 @@ def runs(tmp_path: Path) -> list[str]:
     names = ["a/run", "b, c:d/run"]
     for name in names:
         for kind in ("train", "eval"):
+            (tmp_path / name / "models" / "m").mkdir(parents=True, exist_ok=True)
             with scalars.Writer(tmp_path / name / "models" / "m" / kind) as writer:
                 writer.write_scalars(1, {"loss/total": 50.0})
     return names
@@ -67,7 +68,7 @@ def test_runs_are_served_side_by_side(runs: list[str], tmp_path: Path) -> None:
     assert output == "" and server.returncode == 0
 
 
-@pytest.mark.parametrize("seconds", [0.2, 1, 3])
+@pytest.mark.parametrize("seconds", [1, 3])
 def test_interrupt_ends_quietly(runs: list[str], tmp_path: Path, seconds: float) -> None:
     server = start(tmp_path, *runs)
     time.sleep(seconds)

@@ -108,7 +108,7 @@ def shard(
     UsageError if there is no text, and errors as of `sources.Stream`.
     """
     for directory in (text, held_out):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
     paths = [text / f"part-{number:05d}.txt" for number in range(settings.shards)]
     paths.append(held_out / "part-00000.txt")
     expanded = [file for name in names for file in sources.expand(name)]

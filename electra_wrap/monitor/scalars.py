@@ -30,14 +30,14 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each res
 
 
 class Writer:
-    """Writes a new event file in a directory.
+    """Writes a new event file in a directory, whose parent must exist.
 
     With `start`, it replaces the earlier events of that step and later ones. Errors of the disk are
     ignored: a training does not fail because of its scalars.
     """
 
     def __init__(self, directory: Path, start: int | None = None) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
         self._file = RecordWriter(str(directory / name))
         self._write(0, file_version="brain.Event:2")

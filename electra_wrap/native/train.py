@@ -54,7 +54,6 @@ def train(directory: Path) -> bool:
     """
     run = Run.open(directory)
     settings, tokens = run.profile.train, vocab.read(run.vocabulary)
-    run.model_dir.mkdir(parents=True, exist_ok=True)
     stop = StopRequest()
     accelerator = setup.make_accelerator(settings)
     parts = _count_parts(settings, accelerator.num_processes)

@@ -73,6 +73,7 @@ def new_models(out: Path, networks: Sequence[str], *, replace: bool) -> Iterator
 
     Nothing else in `out` changes. UsageError if one of these exists, unless `replace`.
     """
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         models = {n: stack.enter_context(new_directory(out / n, replace=replace)) for n in networks}
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out)))

@@ -62,6 +62,7 @@ def to_tensorflow(
     run_pretraining.py continues from it at `step`. UsageError, with nothing written, if the two are
     not the networks of one ELECTRA, and for existing output without `force`.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     with new_directory(out, replace=force) as directory:
         arguments = {
             "discriminator": str(discriminator.absolute()),

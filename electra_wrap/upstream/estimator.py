@@ -100,6 +100,7 @@ class TPUEstimator:
             )
             stop_hook = tf.train.StopAtStepHook(last_step=stop)
             hooks = [save, monitor, stop_hook, *spec.training_hooks]
+            Path(config.model_dir).stat()  # else TensorFlow makes it anew where its disk is gone
             with tf.train.MonitoredSession(creator, hooks) as session:
                 while not session.should_stop():
                     session.run(spec.train_op)

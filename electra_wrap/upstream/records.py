@@ -110,6 +110,12 @@ def _open(path: str, mode: str | None = None) -> IO[Any]:
     return Path(path).open(mode, encoding="utf-8", newline="\n")
 
 
+def _make_directory(path: str) -> None:
+    """Make a directory, and its parent, but not the run directory, whose disk may be gone."""
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).mkdir(exist_ok=True)
+
+
 class tf:
     """The part of `tensorflow.compat.v1` that building records needs, for local files."""
 
@@ -120,7 +126,7 @@ class tf:
             GFile = staticmethod(_open)
             listdir = staticmethod(os.listdir)
             exists = staticmethod(os.path.exists)
-            makedirs = staticmethod(os.makedirs)
+            makedirs = staticmethod(_make_directory)
             rmtree = staticmethod(shutil.rmtree)
 
 
