@@ -74,6 +74,11 @@ class Run:
     def model_dir(self) -> Path:
         return self.directory / "models" / self.profile.model_name
 
+    def make_model_dir(self) -> None:
+        """Make the model's directory, but not the run directory: if it is gone, so is its disk."""
+        self.model_dir.parent.mkdir(exist_ok=True)
+        self.model_dir.mkdir(exist_ok=True)
+
     @property
     def exported(self) -> Path:
         return self.directory / "hf"

@@ -90,7 +90,6 @@ def train(
             losses.append(event.scalars["loss/total"])
             times.append(time.perf_counter())
 
-    run.model_dir.mkdir(parents=True)
     engine_of(run).train(run, [], on_event)
     windows = np.array_split(np.array(losses), WINDOWS)
     return np.array([window.mean() for window in windows]), statistics.median(np.diff(times[10:]))

@@ -54,6 +54,7 @@ def train(directory: Path) -> bool:
     """
     run = Run.open(directory)
     settings, tokens = run.profile.train, vocab.read(run.vocabulary)
+    run.make_model_dir()
     stop = StopRequest()
     accelerator = setup.make_accelerator(settings)
     parts = _count_parts(settings, accelerator.num_processes)

@@ -98,9 +98,7 @@ def _execute(run: Run) -> Values:
         warn("train.evaluate_every has no effect: there are no held-out examples")
     devices = choose_devices(run, "train")
     _check_disk_space(run)
-    # Parents are not made: where the run directory is gone, so is its disk.
-    run.model_dir.parent.mkdir(exist_ok=True)
-    run.model_dir.mkdir(exist_ok=True)
+    run.make_model_dir()
     start = _prepare_checkpoint(run)
     started = time.monotonic()
     evaluation.discard_after(run, start)

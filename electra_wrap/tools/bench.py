@@ -117,7 +117,6 @@ def _measure(run: Run) -> Result:
     execute(run, until="examples")
     train, engine = run.profile.train, engine_of(run)
     devices = choose_devices(run, "bench")
-    run.model_dir.mkdir(parents=True)
     events: list[Event] = []
     engine.train(run, devices, events.append)
     steps = [event for event in events if isinstance(event, Step)]

@@ -136,6 +136,7 @@ def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
         if every < last and every * settings.batch_size < examples["examples"]:
             reason = "training reads its first records again after each evaluation"
             warn(f"train: {reason}, and never the last; raise train.evaluate_every")
+    run.make_model_dir()
     start = max((checkpoint.step for checkpoint in checkpoints(run.model_dir)), default=0)
     for step in range(start + every - start % every, last, every):
         _train_until(run, step, devices, on_event)
