@@ -719,3 +719,12 @@ def test_untouched_export_is_replaced_and_a_changed_one_archived(make_run: MakeR
     execute(make_run(*keys, steps=4), until="convert")
     archived = run.directory / "hf.old-1" / "discriminator" / "README.md"
     assert archived.read_text(encoding="utf-8") == "Mine.\n"
+
+
+@pytest.mark.slow
+def test_evaluation_needs_no_gpu(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    execute(make_run("engine=native", steps=2), until="train")
+    run = make_run("engine=native", "train.device=gpu", steps=2)
+    write_json(run.directory / "profile.json", run.profile.model_dump())
+    assert evaluate(run, None)["step"] == 2

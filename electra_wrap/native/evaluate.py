@@ -90,7 +90,10 @@ def evaluate_checkpoint(directory: Path, checkpoint: Path) -> None:
     """Evaluate a checkpoint, a directory `step-N`, of the run in `directory`."""
     run = Run.open(directory)
     tokens = vocab.read(run.vocabulary)
-    accelerator = setup.make_accelerator(run.profile.train)
+    settings = run.profile.train
+    if settings.device == "gpu":  # only training requires it
+        settings = settings.model_copy(update={"device": "auto"})
+    accelerator = setup.make_accelerator(settings)
     network = setup.make_network(run.profile, len(tokens))
     exchange.restore(checkpoint, network, adam=None)
     accelerator.prepare(network)
