@@ -57,7 +57,7 @@ def _stale_reason(run: Run, digest: Digest) -> str | None:
     if checkpoint is None:
         return "not done yet"
     step, steps = checkpoint.step, run.profile.train.steps
-    refuse_other_settings(run, step, digest)
+    _refuse_other_settings(run, step, digest)
     if step > steps:
         where = f"{run.model_dir} is at step {step:,}"
         raise UsageError(f"{where}, train.steps = {steps}; set train.steps={step} or more")
@@ -67,7 +67,7 @@ def _stale_reason(run: Run, digest: Digest) -> str | None:
     return None if record["outcome"] == "done" else str(record["outcome"])
 
 
-def refuse_other_settings(run: Run, step: int, digest: Digest) -> None:
+def _refuse_other_settings(run: Run, step: int, digest: Digest) -> None:
     """Raise UsageError if the model was trained with other settings or on other data."""
     if change := describe_change(run.record(run.train_record)["inputs"], _inputs(run, digest)):
         raise UsageError(
