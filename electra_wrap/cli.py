@@ -22,6 +22,8 @@ from electra_wrap.errors import (
     StageFailed,
     UsageError,
     from_os_error,
+    printable,
+    visible,
 )
 
 
@@ -29,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"electra_wrap: error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"electra_wrap: error: {printable(message)}; see {self.prog} --help", file=sys.stderr)
         sys.exit(UsageError.exit_code)
 
 
@@ -65,8 +67,8 @@ def _main(arguments: Arguments) -> None:
     if arguments.debug:
         raise failure
     if isinstance(failure, StageFailed) and failure.log_tail:
-        print(failure.log_tail, file=sys.stderr)
-    print(f"electra_wrap: error: {failure}", file=sys.stderr)
+        print(*map(visible, failure.log_tail.split("\n")), sep="\n", file=sys.stderr)
+    print(f"electra_wrap: error: {printable(str(failure))}", file=sys.stderr)
     sys.exit(failure.exit_code)
 
 

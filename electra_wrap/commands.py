@@ -75,6 +75,7 @@ _JSON = _argument("--json", action="store_true", help="print JSON")
     _argument("--shard", metavar="I/N", help="only build part I of N of the examples, from 0/N"),
     _argument("--launch", metavar="COMMAND", help='native engine: e.g. "torchrun --nnodes 2 …"'),
     _argument("--dry-run", action="store_true", help="only print what would be done, and why"),
+    _argument("--verify", action="store_true", help="read all outputs and compare checksums"),
 )
 def run(arguments: Arguments) -> None:
     from electra_wrap.pipeline import examples
@@ -83,8 +84,10 @@ def run(arguments: Arguments) -> None:
 
     loaded = _load_run(arguments)
     if arguments.shard is not None:
-        if arguments.dry_run or arguments.until or arguments.launch:
-            raise UsageError("--shard excludes --dry-run, --until and --launch; leave them out")
+        if arguments.dry_run or arguments.until or arguments.launch or arguments.verify:
+            raise UsageError(
+                "--shard excludes --dry-run, --until, --launch and --verify; leave them out"
+            )
         match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
         if match is None or int(match[1]) >= int(match[2]):
             raise UsageError(
@@ -93,7 +96,9 @@ def run(arguments: Arguments) -> None:
             )
         examples.build_shard(loaded, int(match[1]), int(match[2]))
         return
-    done = execute(loaded, until=arguments.until, dry_run=arguments.dry_run)
+    done = execute(
+        loaded, until=arguments.until, dry_run=arguments.dry_run, verify=arguments.verify
+    )
     if arguments.until or arguments.dry_run:
         return
     if done or not (loaded.directory / "report.html").exists():

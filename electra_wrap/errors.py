@@ -1,4 +1,37 @@
-"""The errors that a user sees: one line each, with an exit code."""
+"""The errors that a user sees: one line each, with an exit code, and no secret in it."""
+
+import re
+
+#: A password in a URL, or the only name before its host, where services expect a token. A variable,
+#: ${NAME}, is neither.
+PASSWORD = re.compile(
+    r"(https?://(?=[^/?#:@\n]*@)|://[^/?#:@\n]*:)(?!\$\{\w+\}@)[^/?#\n]*@", re.IGNORECASE
+)
+
+#: A long value in a URL's query or fragment, unless it is a variable. It may be a signature or key.
+_VALUE = re.compile(
+    r"(?<=[?&;#])([^=&#\s]*=)?+(?!\$\{\w+\}(?:[\s&#'\"),;]|$))"
+    r"[^&#\s]{12,}?(?=['\"),;.:]*(?:[\s&#]|$))"
+)
+
+#: Characters that a terminal obeys: controls, and changes of the writing direction.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def mask(text: str) -> str:
+    """Replace what may be a secret in the URLs of a text by `***`."""
+    masked = PASSWORD.sub(r"\1***@", text)
+    return re.sub(r"\w://\S+", lambda url: _VALUE.sub(r"\1***", url[0]), masked)
+
+
+def printable(text: str) -> str:
+    """Return a text as one line for a terminal: without secrets and control characters."""
+    return visible(mask(text))
+
+
+def visible(text: str) -> str:
+    """Replace characters that a terminal would obey by U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 class ElectraWrapError(Exception):

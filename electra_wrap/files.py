@@ -94,11 +94,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or directory, if it exists. A directory is never seen half removed."""
+    """Remove a file, a link or a directory, if it exists. No directory is seen half removed."""
     removed = path.with_name(f".{path.name}.removed")
     if removed.exists():  # an earlier removal was interrupted
         shutil.rmtree(removed)
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     path.rename(removed)
@@ -137,8 +137,10 @@ def is_intact(checksums: Path, digest: Callable[[Path], str] = sha256) -> bool:
     """Whether the files match the checksums. False if there is no checksum file."""
     try:
         lines = [line.split("  ", 1) for line in checksums.read_text("utf-8").splitlines()]
-        return bool(lines) and all(
-            digest(checksums.parent / name) == expected for expected, name in lines
+        named = {checksums.parent / name: expected for expected, name in lines}
+        # Reading a device or a pipe would not end.
+        return bool(named) and all(
+            path.is_file() and digest(path) == expected for path, expected in named.items()
         )
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False

@@ -17,6 +17,7 @@ from typing import Any
 
 from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
+from electra_wrap.profile import read_hf_config
 from electra_wrap.progress import log
 from electra_wrap.run import MANIFEST
 
@@ -109,7 +110,7 @@ def replace(model_dir: str, texts: list[str], seed: int) -> list[dict[str, Any]]
     if generator.config.vocab_size != vocab_size:
         sizes = f"{vocab_size:,} tokens and its generator {generator.config.vocab_size:,}"
         raise UsageError(f"{model} has {sizes}; use two models of one training")
-    tokenizer = _load("AutoTokenizer", model)
+    tokenizer = _load_tokenizer(model)
     rows, cuts = _encode(model, texts)
     samples = [
         _sample(generator, tokenizer, row, f"{seed} {text}")
@@ -135,7 +136,7 @@ def check(directory: str, texts: list[str]) -> dict[str, Any]:
 
 def _encode(model: str, texts: list[str]) -> tuple[list[list[int]], list[int | None]]:
     """Return the ids of each text, [CLS] … [SEP], and its `cut` (see `detect`)."""
-    tokenizer = _load("AutoTokenizer", model)
+    tokenizer = _load_tokenizer(model)
     discriminator = _load_model("ElectraForPreTraining", model)
     length = min(tokenizer.model_max_length, discriminator.config.max_position_embeddings)
     encoded = tokenizer(texts, truncation=True, max_length=length)
@@ -175,7 +176,7 @@ def _predict(
     """Return what `detect` returns, for the ids of texts."""
     import torch
 
-    tokenizer = _load("AutoTokenizer", model)
+    tokenizer = _load_tokenizer(model)
     discriminator = _load_model("ElectraForPreTraining", model)
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     with torch.inference_mode():
@@ -202,14 +203,28 @@ def _require_finite(model: Any, values: Any) -> Any:
 
 @functools.cache
 def _load_model(model_class: str, directory: str) -> Any:
-    """Load a model. UsageError unless its file and its class have the same parameters."""
-    model, report = _load(model_class, directory, output_loading_info=True, use_safetensors=True)
+    """Load a model. UsageError unless its file and its class have the same parameters.
+
+    Of the files of the directory, only config.json and model.safetensors count: not the other
+    formats that transformers would take, an index of files elsewhere, or another model's adapter.
+    """
+    import transformers
+
+    config = transformers.ElectraConfig(**read_hf_config(Path(directory)))
+    if Path(directory, "adapter_config.json").exists():
+        raise UsageError(f"{directory} is an adapter of another model; merge them")
+    options = {"config": config, "attn_implementation": "sdpa", "use_safetensors": True}
+    model, report = _load(model_class, directory, output_loading_info=True, **options)
     if problems := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise UsageError(f"{directory} does not fit {model_class}: {problems}; convert it again")
     return model.eval()
 
 
 @functools.cache
+def _load_tokenizer(directory: str) -> Any:
+    return _load("AutoTokenizer", directory)
+
+
 def _load(class_name: str, directory: str, **options: Any) -> Any:
     """Load an object of transformers from untrusted files: no code, no pickle.
 

@@ -7,13 +7,16 @@ config.json follow from it.
 from __future__ import annotations
 
 import dataclasses
-import re
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
+
+from electra_wrap.errors import PASSWORD, UsageError
 
 EngineName = Literal["native", "upstream"]
 ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
@@ -30,16 +33,13 @@ MAX_POSITIONS = 512
 #: Files that a run keeps open at once, one for each shard, are limited by the system.
 MAX_SHARDS = 1000
 
-#: A secret in a URL: a password, a user name alone, or a query parameter that is named like one.
-#: An environment variable in its place, ${NAME}, is not a secret.
-SECRET = re.compile(
-    r"://[^/@]*:(?!\$\{)[^/@]+@|https?://(?!\$\{)[^/:@]+@"
-    r"|[?&]([^=&]*[-_])?(token|(api)?key|sig|signature|secret|pass|passw(or)?d|pwd|auth|credential)"
-    r"=(?!\$\{)[^&]",
-    re.IGNORECASE,
-)
+#: Most layers of a network. Each takes time to build, however small it is.
+MAX_LAYERS = 2**10
 
 Positive = Annotated[int, Field(gt=0, lt=2**40)]
+Size = Annotated[int, Field(gt=0, le=2**16)]
+VocabSize = Annotated[int, Field(gt=0, le=2**24)]
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 NotNegative = Annotated[int, Field(ge=0, lt=2**40)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -75,8 +75,8 @@ class Corpus(_Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.sources or not all(self.sources):
             yield "source", "it names nothing; give files, globs, URLs or directories"
-        if any(map(SECRET.search, self.sources)):
-            yield "source", "a URL contains a secret; write an environment variable: ${NAME}"
+        if any(map(PASSWORD.search, self.sources)):
+            yield "source", "a URL contains a password; write an environment variable: ${NAME}"
         if self.sha256 and len(self.sources) > 1:
             yield "sha256", "it is the digest of one file; name one file in corpus.source"
         if self.deduplicate == "documents" and not self.blank_lines_separate_documents:
@@ -92,7 +92,7 @@ class Tokenizer(_Section):
 
     source: str
     sha256: Digest | None = None
-    vocab_size: Positive | None = None
+    vocab_size: VocabSize | None = None
     sample_bytes: Positive | None = None
     lowercase: bool = False
     strip_accents: bool = False
@@ -121,9 +121,9 @@ class Model(_Section):
 
     size: Literal["small", "base", "large"] = "small"
     max_seq_length: Annotated[int, Field(ge=8, le=MAX_POSITIONS)] = 128
-    hidden_size: Positive | None = None
-    num_hidden_layers: Positive | None = None
-    embedding_size: Positive | None = None
+    hidden_size: Size | None = None
+    num_hidden_layers: Layers | None = None
+    embedding_size: Size | None = None
     generator_hidden_size: Fraction = 0.25
     generator_layers: Fraction = 1.0
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -270,6 +270,33 @@ def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """Return an ELECTRA's sizes and constants from the config.json of a model of any origin.
+
+    Its other keys are left out: some have transformers fetch and run code. UsageError unless sizes
+    are complete and model.safetensors has room for so many parameters.
+    """
+    keys = hf_config("generator", Shape(1, 1, 1, 1, 1), 1).keys() - {
+        "architectures",
+        "model_type",
+        "dtype",
+    }
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = {key: config[key] for key in keys if key in config}
+        shape = Shape(*(int(config[field.name]) for field in dataclasses.fields(Shape)))
+        parameters = shape.matrix_parameters + int(config["vocab_size"]) * shape.embedding_size
+        available = (directory / "model.safetensors").stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        message = f"{directory} has no ELECTRA for transformers ({error})"
+        raise UsageError(f"{message}; give a directory with it") from None
+    if parameters > available or shape.num_hidden_layers > MAX_LAYERS:
+        message = f"{directory}: config.json has {shape.num_hidden_layers:,} layers and"
+        message += f" {parameters:,} parameters, but model.safetensors has {available:,} bytes"
+        raise UsageError(f"{message}; give an intact model")
+    return config | dataclasses.asdict(shape)
 
 
 def toml(values: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from electra_wrap import paths
-from electra_wrap.errors import UsageError
-from electra_wrap.profile import SECRET, Profile
+from electra_wrap.errors import UsageError, mask
+from electra_wrap.profile import Profile
 
 #: Keys whose relative paths start from the directory of the file that sets them.
 _PATH_KEYS = ("corpus.source", "tokenizer.source")
@@ -172,7 +172,7 @@ def _explain(error: ValidationError, origins: dict[str, str], path: Path) -> str
             model = model.model_fields[part].annotation
         suggestion = _suggestion(location[-1], list(model.model_fields))
         return f"{origin}: unknown key {dotted}{suggestion}; remove or rename it"
-    shown = "" if value is None or SECRET.search(str(value)) else f" = {value!r}"
+    shown = "" if value is None else mask(f" = {value!r}")  # before a part is cut off
     if len(shown) > 80:
         shown = f"{shown[:77]}…"
     message = " ".join(message.split())

@@ -8,6 +8,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from electra_wrap.errors import printable
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 #: Seconds between lines where stderr is no terminal.
@@ -17,7 +19,7 @@ INTERVAL = 30.0
 def log(message: str) -> None:
     """Print a message."""
     with contextlib.suppress(OSError):  # stderr may be closed; the work goes on
-        console.print(f"electra_wrap: {message}", markup=False)
+        console.print(f"electra_wrap: {printable(message)}", markup=False)
 
 
 def warn(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ class Run:
 
     The manifest records for each stage what it was made from and how it ended, and for each model
     its evaluations. It also caches the SHA-256 of every file by size and modification time, so
-    that asking whether a file changed costs a `stat`.
+    that asking whether a file changed costs a `stat`. Damage by a disk may keep both: before files
+    are used, `forget_digests` has them read again.
 
     `upstream` is where to fetch google-research/electra from; `launch` starts the native trainer.
     """
@@ -122,12 +124,14 @@ class Run:
     def digest(self, path: Path) -> str:
         """Return the SHA-256 of a file, or of a directory's sorted file names and digests.
 
-        FileNotFoundError if it does not exist.
+        FileNotFoundError if it does not exist; reading a pipe or a device would not end.
         """
         if path.is_dir():
             names = sorted(p for p in path.rglob("*") if p.is_file())
             lines = "".join(f"{self.digest(p)}  {p.relative_to(path)}\n" for p in names)
             return hashlib.sha256(lines.encode()).hexdigest()
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns]
         cached = self.manifest["digests"].get(self._cache_key(path))
@@ -138,7 +142,7 @@ class Run:
         return digest
 
     def forget_digests(self, directory: Path) -> None:
-        """Have `digest` read the files under a directory again: a disk may damage them silently."""
+        """Have `digest` read the files under a directory again."""
         cached = self.manifest["digests"]
         for key in list(cached):
             if (self.directory / key).is_relative_to(directory):
@@ -151,8 +155,15 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold the run directory. UsageError, naming the holder, if another process holds it."""
+        """Hold the run directory.
+
+        UsageError, naming the holder, if another process holds it; or if there is a symbolic link
+        in it, through which the run would write elsewhere.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
+        if link := next((p for p in self.directory.rglob("*") if p.is_symlink()), None):
+            fix = "replace it by what it points to, or link the whole run directory"
+            raise UsageError(f"{link} is a symbolic link in a run directory; {fix}")
         with files.lock(self.directory / ".lock", shared=shared):
             self.manifest = read_manifest(self.directory)  # another process may have run
             yield

@@ -34,10 +34,11 @@ from electra_wrap.errors import (
     from_os_error,
 )
 
-#: Environment variables that a child gets: none that injects code or holds a secret.
+#: Environment variables that a child gets: none that injects code or may hold a secret.
 _PASSED = {"PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "LD_LIBRARY_PATH"}
 _PASSED |= {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CC", "CXX"}
-_PASSED_PATTERN = re.compile("LC_|CUDA_|NVIDIA_|NCCL_|TF_(?!VAR_|TOKEN_)")
+_PASSED_PATTERN = re.compile("LC_|CUDA_|NVIDIA_|NCCL_|TF_(?!VAR_)")
+_SECRET_PATTERN = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 
 #: For children that load local models: nothing is fetched from a hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -90,7 +91,7 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     passed = {
         name: value
         for name, value in os.environ.items()
-        if name in _PASSED or _PASSED_PATTERN.match(name)
+        if name in _PASSED or (_PASSED_PATTERN.match(name) and not _SECRET_PATTERN.search(name))
     }
     return {
         "TF_CPP_MIN_LOG_LEVEL": "1",

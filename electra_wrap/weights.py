@@ -10,7 +10,6 @@ Run as a module (`subprocesses.call`), because it imports TensorFlow.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
 from electra_wrap.files import write_json
-from electra_wrap.profile import NETWORKS, Network, Shape, hf_config
+from electra_wrap.profile import NETWORKS, Network, Shape, hf_config, read_hf_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -130,7 +129,7 @@ def describe(
         message = f"the checkpoint has no {network} ({error.args[0]} is missing)"
         raise UsageError(f"{message}; give a pre-training checkpoint") from None
     layer_name = re.compile(rf"{scope}/encoder/layer_(\d+)/")
-    layers = 1 + max(int(match[1]) for match in map(layer_name.match, shapes) if match)
+    layers = len({match[1] for match in map(layer_name.match, shapes) if match})
     heads = heads or max(1, hidden // 64)
     if hidden % heads:
         message = f"the {network}'s hidden size {hidden} is not divisible by {heads} heads"
@@ -285,12 +284,11 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
 def _open_model(network: Network, directory: Path) -> tuple[dict[str, int], list[Any]]:
     """Return the sizes in a model's config.json, and its open safetensors files: weights, slots."""
     slots = [path for slot in SLOTS if (path := directory / f"{slot}.safetensors").is_file()]
-    keys = ("hidden_size", "num_attention_heads", "embedding_size", "num_hidden_layers")
+    config = read_hf_config(directory)
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tensors = [safe_open(path, "numpy") for path in (directory / "model.safetensors", *slots)]
-        return {key: int(config[key]) for key in keys}, tensors
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        return config, tensors
+    except (OSError, SafetensorError) as error:
         message = f"{directory}: no {network} of transformers ({error})"
         raise UsageError(f"{message}; give its directory") from None
 

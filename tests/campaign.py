@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from electra_wrap import paths
+from electra_wrap import files, paths
 from electra_wrap.engines import ENGINES
 from electra_wrap.run import MANIFEST, Run, read_manifest
 
@@ -52,6 +52,8 @@ KINDS: dict[str, tuple[int, ...] | None] = {
     "damage a file": None,
     "cut a file": None,
     "remove a file": None,
+    "damage a file silently": None,
+    "remove an output": None,
     "full disk": (3,),
     "read-only disk": (3,),
     "disk taken away": (2, 3, 4),
@@ -62,7 +64,7 @@ DISK = ("full disk", "read-only disk", "disk taken away")
 STEPS = 240
 
 #: Most faults of one run.
-FAULTS_PER_RUN = 3
+FAULTS_PER_RUN = 6
 
 
 class SlowHandler(http.server.SimpleHTTPRequestHandler):
@@ -185,9 +187,9 @@ class Campaign:
         for override in overrides:
             self._command += ["--set", override]
 
-    def start(self, run: Path) -> subprocess.Popen[str]:
+    def start(self, run: Path, *options: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*self._command, "--run-dir", str(run)],
+            [*self._command, "--run-dir", str(run), *options],
             env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
             stderr=subprocess.PIPE,
             text=True,
@@ -283,25 +285,27 @@ class Campaign:
                 assert self.disk
                 self.disk.damage(kind)
                 self._expect_one_line(self.start(self.run), (3,))
+            elif kind == "remove an output":
+                self._remove_output()
             elif kind != "kill all processes":
                 self._damage_file(kind)
 
     def _damage_file(self, kind: str) -> None:
         # The manifest is only written atomically: nothing can restore a damaged one.
-        files = [
+        found = [
             path
             for path in self.run.rglob("*")
             if path.is_file() and path.stat().st_size and path.name != MANIFEST
         ]
-        if not files:
+        if not found:
             return
         # Choose a place first: some places have many files.
-        place = self.random.choice(sorted({path.relative_to(self.run).parts[0] for path in files}))
+        place = self.random.choice(sorted({path.relative_to(self.run).parts[0] for path in found}))
         path = self.random.choice(
-            sorted(path for path in files if path.relative_to(self.run).parts[0] == place)
+            sorted(path for path in found if path.relative_to(self.run).parts[0] == place)
         )
         print(f"    {path.relative_to(self.run)}", flush=True)
-        content = bytearray(path.read_bytes())
+        content, status = bytearray(path.read_bytes()), path.stat()
         if kind == "remove a file":
             path.unlink()
         elif kind == "cut a file":
@@ -309,10 +313,22 @@ class Campaign:
         else:
             content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
             path.write_bytes(content)
+            if kind == "damage a file silently":  # as a disk does
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def finish(self) -> None:
+    def _remove_output(self) -> None:
+        """Remove what a stage left for the next ones."""
+        names = ["corpus", "heldout", "vocab.txt", "hf", *ENGINES[self.engine].EXAMPLES]
+        outputs = [path for name in names if (path := self.run / name).exists()]
+        outputs += (self.run / "models").glob("*")
+        if outputs:
+            path = self.random.choice(outputs)
+            print(f"    {path.relative_to(self.run)}", flush=True)
+            files.remove(path)
+
+    def finish(self, *options: str) -> None:
         """Run to the end."""
-        child = self.start(self.run)
+        child = self.start(self.run, *options)
         output = child.communicate()[1]
         assert child.returncode == 0, output
         assert not remaining_processes(self.run), remaining_processes(self.run)
@@ -336,9 +352,11 @@ class Campaign:
         for network in ("discriminator", "generator"):
             models = [run.exported / network / "model.safetensors" for run in (expected, actual)]
             assert shapes(models[0]) == shapes(models[1])
-        files, others = ({p.name for p in run.directory.iterdir()} for run in (expected, actual))
-        archived = {name for name in others if damaged and ".old-" in name}
-        assert files == others - archived, files ^ others
+        expected_names, names = (
+            {p.name for p in run.directory.iterdir()} for run in (expected, actual)
+        )
+        archived = {name for name in names if damaged and ".old-" in name}
+        assert expected_names == names - archived, expected_names ^ names
         temporary = re.compile("partial|temp|removed|exported")
         left = [path.name for path in actual.model_dir.iterdir() if temporary.search(path.name)]
         assert not left, left
@@ -390,7 +408,6 @@ def campaign(
             for number in range(faults):
                 kind = kinds[number % len(kinds)]
                 if len(met) == FAULTS_PER_RUN:
-                    runs.finish()
                     _end(runs, met)
                 stage = None
                 while stage is None:
@@ -401,7 +418,6 @@ def campaign(
                         _end(runs, met)
                 met.append(kind)
                 print(f"{number + 1}: {kind} after {wait:.1f} s, in {stage}", flush=True)
-            runs.finish()
             _end(runs, met)
             return runs
         finally:
@@ -410,8 +426,9 @@ def campaign(
 
 
 def _end(runs: Campaign, met: list[str]) -> None:
-    """Compare a finished run with the undisturbed one, and remove it."""
-    repeated = runs.compare(any("file" in kind for kind in met))
+    """Verify a finished run, compare it with the undisturbed one, and remove it."""
+    runs.finish("--verify")
+    repeated = runs.compare(any("file" in kind or "output" in kind for kind in met))
     runs.repeated_steps += repeated
     print(f"done after {len(met)} faults, {repeated} steps repeated; results are equal", flush=True)
     met.clear()

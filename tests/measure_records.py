@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--vocab", help="vocab.txt (default: 32,000 tokens trained on the text)")
     parser.add_argument("--only-fast", action="store_true", help="do not run the unpatched script")
     arguments = parser.parse_args()
-    with contextlib.closing(sources.Stream(arguments.text)) as stream:
+    with contextlib.closing(sources.Stream(*sources.expand(arguments.text))) as stream:
         sample = b"".join(iter(lambda: stream.readline(2**20), b"")).decode()
     print(f"{arguments.megabytes} MB from {len(sample.encode()) / 1e6:.1f} MB", flush=True)
     for number in arguments.processes:

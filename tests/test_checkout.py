@@ -152,6 +152,16 @@ def test_git_hooks_of_the_user_do_not_run(
     assert not (tmp_path / "ran").exists()
 
 
+def test_git_attributes_of_the_user_have_no_effect(
+    fake_upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attributes = tmp_path / "config" / "git" / "attributes"
+    attributes.parent.mkdir(parents=True)
+    attributes.write_text("* text eol=crlf\n", encoding="utf-8")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    checkout.ensure()
+
+
 def test_concurrent_callers_share_one_checkout(fake_upstream: Path) -> None:
     (paths.vendor_directory() / ".fetch-of-a-killed-process").mkdir()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
-import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import campaign
 import pytest
@@ -19,7 +17,6 @@ from conftest import SPANISH
 
 from electra_wrap import cli as cli_module
 from electra_wrap import paths
-from electra_wrap.data import vocab
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -220,34 +217,20 @@ def test_run_with_faults_gives_the_undisturbed_result(tmp_path: Path) -> None:
     assert sum(outcomes.recovered for outcomes in runs.kinds.values()) == 3
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path(os.environ["MARK"]),)
-
-
-@pytest.mark.parametrize("way", ["code", "pickle"])
-def test_untrusted_model_runs_no_code(
-    cli: Cli, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "--set", "\x1b]0;title\x07=1"),
+        ("run", "--until", "\x1b[2J"),
+        ("run", "--profile", "\x1b[2J.toml"),
+        ("\x1b[2J",),
+        ("run", "--set", 'corpus.source="https://me:hunter2@host/x"'),
+        ("run", "--set", 'tokenizer.source="https://me:hunter2@host/x"'),
+    ],
+)
+def test_message_has_no_secret_and_no_control_character(
+    cli: Cli, arguments: tuple[str, ...]
 ) -> None:
-    config = {"architectures": ["ElectraForPreTraining"], "model_type": "electra"}
-    model, mark = tmp_path / "model", tmp_path / "mark"
-    model.mkdir()
-    vocab.write_tokenizer(
-        model, [*vocab.SPECIAL_TOKENS, "x"], lowercase=False, strip_accents=False, max_length=9
-    )
-    monkeypatch.setenv("MARK", str(mark))
-    if way == "code":
-        (model / "evil.py").write_text(
-            f"open({str(mark)!r}, 'w')\nclass Evil: pass\n", encoding="utf-8"
-        )
-        (model / "tokenizer_config.json").write_text(
-            '{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
-        )
-    else:
-        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    done = cli("detect", "--model", "model", "x")
-    assert (
-        done.returncode == 2 and "cannot be loaded" in done.stderr and done.stderr.count("\n") == 1
-    )
-    assert not mark.exists()
+    done = cli(*arguments)
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1], done.stderr
+    assert "hunter2" not in done.stderr and not re.search(r"[\x00-\x09\x1b]", done.stderr)

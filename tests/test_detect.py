@@ -6,6 +6,8 @@ import collections
 import contextlib
 import io
 import json
+import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -137,6 +139,93 @@ def test_error_is_one_line(
     (tmp_path / "new-run" / run.MANIFEST).write_text("{}")
     done = cli("detect", "--model", "alone", "--json", *arguments, stdin=stdin)
     assert done.returncode in (2, 3) and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def _index_outside(model: Path, config: dict[str, Any]) -> None:
+    (model / "model.safetensors").rename(model.parent / "evil.bin")
+    names = dict.fromkeys(("electra.embeddings.LayerNorm.weight",), "../evil.bin")
+    index = {"metadata": {}, "weight_map": names}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(os.environ["MARK"]),)
+
+
+def _pickle(model: Path, config: dict[str, Any]) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+
+
+def _adapter(model: Path, config: dict[str, Any]) -> None:
+    (model / "adapter_config.json").write_text("{}", encoding="utf-8")
+
+
+def _many_layers(model: Path, config: dict[str, Any]) -> None:
+    config |= {"num_hidden_layers": 300_000, "hidden_size": 1, "num_attention_heads": 1}
+
+
+def _many_tokens(model: Path, config: dict[str, Any]) -> None:
+    config["vocab_size"] = 2**50
+
+
+def _no_size(model: Path, config: dict[str, Any]) -> None:
+    config["hidden_size"] = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_index_outside, "no ELECTRA for transformers"),
+        (_pickle, "no ELECTRA for transformers"),
+        (_adapter, "is an adapter of another model"),
+        (_many_layers, "has 300,000 layers and"),
+        (_many_tokens, "parameters, but model.safetensors has"),
+        (_no_size, "hidden_size"),
+    ],
+)
+def test_model_of_another_form_is_refused(
+    cli: Cli,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[..., None],
+    message: str,
+) -> None:
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    model = tmp_path / "model"
+    shutil.copytree(models / "discriminator", model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    change(model, config)
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = cli("detect", "--model", "model", "una")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_that_a_model_names_is_not_loaded(cli: Cli, models: Path, tmp_path: Path) -> None:
+    """Neither beside the model nor on a hub."""
+    model, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(models / "discriminator", model)
+    code = f"open({str(mark)!r}, 'w')\nclass Evil: pass\n"
+    (model / "evil.py").write_text(code, encoding="utf-8")
+    evil = {
+        "config.json": {
+            "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForPreTraining": "evil.Evil"},
+            "quantization_config": {"quant_method": "evil"},
+            "_attn_implementation": "ana/evil",
+        },
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}},
+    }
+    for name, values in evil.items():
+        config = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps(config | values), encoding="utf-8")
+    results = [
+        cli("detect", "--model", model, "una") for model in (models / "discriminator", "model")
+    ]
+    assert results[1].returncode == 0, results[1].stderr
+    assert results[0].stdout == results[1].stdout and not mark.exists()
 
 
 def test_texts_are_read_batch_by_batch(models: Path) -> None:

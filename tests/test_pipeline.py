@@ -17,8 +17,9 @@ import pytest
 from electra_wrap import subprocesses
 from electra_wrap.engines import find_checkpoint
 from electra_wrap.errors import EnvironmentProblem, StageFailed, UsageError
-from electra_wrap.files import new_directory, write_json
+from electra_wrap.files import is_intact, new_directory, write_json
 from electra_wrap.monitor import evaluation, scalars, training
+from electra_wrap.pipeline import convert
 from electra_wrap.pipeline.evaluate import evaluate
 from electra_wrap.pipeline.examples import build_shard
 from electra_wrap.pipeline.execute import execute
@@ -485,6 +486,118 @@ def test_silent_damage_is_found_before_training_resumes(trained: Run, make_run: 
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     execute(make_run("train.steps=8"), until="train")
     assert make_run().results("train electra-tiny-spanish")["from_step"] == 4
+
+
+def damage_silently(path: Path) -> None:
+    """Damage a file and keep its size and its modification time."""
+    before = path.stat()
+    damage(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name", ["corpus/part-00000.txt", "heldout/part-00000.txt", "vocab.txt", "pretrain_tfrecords"]
+)
+def test_silent_damage_of_inputs_is_found_before_they_are_used(
+    trained: Run, make_run: MakeRun, name: str
+) -> None:
+    path = trained.directory / name
+    path = next(iter(path.iterdir())) if path.is_dir() else path
+    intact = path.read_bytes()
+    damage_silently(path)
+    assert todo(make_run()) == {}
+    execute(make_run("train.steps=6"), until="train")
+    assert path.read_bytes() == intact
+
+
+def test_verify_finds_silent_damage_where_nothing_has_to_be_done(
+    trained: Run, make_run: MakeRun
+) -> None:
+    intact = trained.vocabulary.read_bytes()
+    damage_silently(trained.vocabulary)
+    assert execute(make_run(), until="train") == 0
+    assert execute(make_run(), until="train", verify=True) == 1
+    assert trained.vocabulary.read_bytes() == intact
+    assert execute(make_run(), until="train", verify=True) == 0
+
+
+def test_shard_is_not_built_from_damaged_text(make_run: MakeRun) -> None:
+    execute(make_run(), until="vocab")
+    damage_silently(make_run().corpus / "part-00000.txt")
+    with pytest.raises(UsageError, match="--shard needs the stage corpus"):
+        build_shard(make_run(), 0, 2)
+
+
+def test_evaluation_refuses_damaged_examples(make_run: MakeRun) -> None:
+    execute(make_run(), until="evaluate")
+    damage_silently(next(iter((make_run().directory / "heldout_tfrecords").iterdir())))
+    with pytest.raises(UsageError, match="heldout_tfrecords is damaged; `run` builds it again"):
+        evaluate(make_run(), None)
+
+
+def test_convert_refuses_damaged_checkpoint_and_vocabulary(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    execute(make_run(), until="train")
+    execute(make_run("train.steps=6"), until="train")
+    run = make_run("train.steps=6")
+    damage_silently(run.model_dir / "model.ckpt-4.data-00000-of-00001")
+    with pytest.raises(UsageError, match="no intact checkpoint of step 4"):
+        convert.convert(run, 4, tmp_path / "out", replace=False)
+    damage_silently(run.vocabulary)
+    with pytest.raises(UsageError, match=r"vocab\.txt has changed"):
+        convert.convert(run, 6, tmp_path / "out", replace=False)
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "logs", "logs/train.log", "models", "models/electra-tiny-spanish/checkpoint"]
+)
+def test_run_directory_with_a_symbolic_link_is_refused(
+    make_run: MakeRun, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    if name in ("logs", "models"):
+        outside.mkdir()
+    else:
+        outside.write_text("mine", encoding="utf-8")
+    run = make_run()
+    (run.directory / name).parent.mkdir(parents=True)
+    (run.directory / name).symlink_to(outside)
+    with pytest.raises(UsageError, match=f"{name} is a symbolic link in a run directory"):
+        execute(run, until="train")
+    assert list(outside.iterdir()) == [] if outside.is_dir() else outside.read_text() == "mine"
+
+
+def test_replacing_a_linked_directory_leaves_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "target")
+    for _ in range(2):
+        with new_directory(tmp_path / "out", replace=True) as directory:
+            (directory / "new").touch()
+    assert (tmp_path / "out" / "new").exists() and (tmp_path / "target" / "mine").exists()
+    assert not list(tmp_path.glob("*.removed")) and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_checksums_of_pipes_and_devices_do_not_match(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "SHA256").write_text(f"{'0' * 64}  {name}\n", encoding="utf-8")
+    assert not is_intact(tmp_path / "SHA256")
+
+
+def test_checkout_that_a_script_changes_is_refused(make_run: MakeRun) -> None:
+    """Also by something else, between the verification and the script's end."""
+    execute(make_run(), until="examples")
+    source, follow = engine.checkout.ensure(), subprocesses.follow
+
+    def change(*arguments: Any, **options: Any) -> None:
+        follow(*arguments, **options)
+        (source / "run_pretraining.py").write_text("# other\n", encoding="utf-8")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EnvironmentProblem, match="changed"):
+        patch.setattr(subprocesses, "follow", change)
+        execute(make_run(), until="train")
 
 
 def test_damaged_checkpoint_of_the_other_engine_is_skipped(trained: Run, make_run: MakeRun) -> None:

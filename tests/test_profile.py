@@ -342,8 +342,10 @@ def load_or_refuse(path: Path) -> None:
     ("source", "secret"),
     [
         ("https://me:hunter2@example.org/es.txt", True),
-        ("https://example.org/es.txt?X-Amz-Signature=hunter2", True),
-        ("https://example.org/es.txt?a=b&access_token=hunter2", True),
+        ("https://me:${A}hunter2@example.org/es.txt", True),
+        ("https://${USER}:${PASSWORD}@example.org/es.txt", False),
+        ("https://${TOKEN}@example.org/es.txt", False),
+        ("abfs://container@account.example.org/es.txt", False),
         ("https://me:${PASSWORD}@example.org/es.txt?sig=${SIG}", False),
         ("https://example.org/es.txt?monkey=1", False),
         ("https://example.org/es.txt?lines=1", False),

@@ -14,9 +14,11 @@ import re
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 import pytest
@@ -59,6 +61,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.total: str | None = None
         self.headers: dict[str, str] = {}
         self.status = 200
+        self.statuses: dict[str, int] = {}
+        self.reason: str | None = None
+        self.lie: Callable[[int, dict[str, str], bytes], bytes] = lambda start, headers, body: body
         self.after: Callable[[], None] = lambda: None
 
     def url(self, name: str, content: bytes) -> str:
@@ -79,7 +84,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, content = self.server, self.server.files.get(self.path.partition("?")[0])
         server.paths.append(self.path)
-        status = server.status if content is not None else 404
+        path = self.path.partition("?")[0]
+        status = server.statuses.get(path, server.status) if content is not None else 404
         etag = hashlib.md5(content or b"").hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 40, **server.headers}
         body = content if content and status == 200 else b""
@@ -91,7 +97,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             status = 206 if body else 416
             last = start + len(body) - 1
             headers["Content-Range"] = f"bytes {start}-{last}/{server.total or total}"
-        self.send_response(status)
+            if status == 206:
+                body = server.lie(start, headers, body)
+        self.send_response(status, server.reason)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -119,7 +127,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def read(name: str, sha256: str | None = None) -> bytes:
-    with contextlib.closing(sources.Stream(name, sha256)) as stream:
+    with contextlib.closing(sources.Stream(*sources.expand(name), sha256)) as stream:
         return b"".join(iter(lambda: stream.readline(1000), b""))
 
 
@@ -227,7 +235,7 @@ def test_urls_of_other_file_systems_and_their_globs_are_read(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="matches nothing"):
         sources.expand("memory://texts/*.txt.gz")
     with pytest.raises(UsageError, match=r"Protocol not known: nowhere"):
-        sources.Stream("nowhere://corpus/es.txt")
+        sources.expand("nowhere://corpus/es.txt")
 
 
 @needs_datasets
@@ -257,11 +265,111 @@ def test_data_set_is_read_from_a_hub(server: Server, cli: Any, tmp_path: Path) -
     assert missing.returncode == 2 and "ana/nada" in missing.stderr.splitlines()[-1]
 
 
+def _start_elsewhere(start: int, headers: dict[str, str], body: bytes) -> bytes:
+    if start:
+        headers["Content-Range"] = headers["Content-Range"].replace(f" {start}-", f" {start + 7}-")
+    return body
+
+
+def _change_etag(start: int, headers: dict[str, str], body: bytes) -> bytes:
+    headers["ETag"] = f'"{start}"'
+    headers["Last-Modified"] = "Wed, 25 Nov 2026 10:00:00 GMT"
+    return body
+
+
+def _end_early(start: int, headers: dict[str, str], body: bytes) -> bytes:
+    headers["Content-Range"] = headers["Content-Range"].partition("/")[0] + "/*"
+    return b"" if start else body
+
+
+def _change_total(start: int, headers: dict[str, str], body: bytes) -> bytes:
+    headers["Content-Range"] += "0" if start else ""
+    return body
+
+
+def _send_more(start: int, headers: dict[str, str], body: bytes) -> bytes:
+    return body + b"more than the range\n"
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        (_start_elsewhere, "another range than requested"),
+        (_change_etag, "changed while it was read"),
+        (_end_early, "sends nothing more"),
+        (_change_total, "changed while it was read"),
+        (_send_more, None),
+    ],
+)
+def test_server_that_lies_about_ranges_gives_the_text_or_an_error(
+    server: Server, lie: Any, message: str | None
+) -> None:
+    url, server.lie = server.url("es.txt", TEXT), lie
+    if message is None:
+        assert read(url) == TEXT
+        return
+    with pytest.raises((UsageError, EnvironmentProblem), match=message):
+        read(url)
+
+
+def test_server_that_refuses_the_rest_gives_an_error(server: Server) -> None:
+    server.headers = {"Content-Range": f"bytes */{len(TEXT)}"}
+
+    def refuse(start: int, headers: dict[str, str], body: bytes) -> bytes:
+        server.statuses["/es.txt"] = 416
+        headers["Content-Range"] = headers["Content-Range"].partition("/")[0] + "/*"
+        return body
+
+    url, server.lie = server.url("es.txt", TEXT), refuse
+    with pytest.raises(EnvironmentProblem, match="refuses to send the rest"):
+        read(url)
+
+
+def test_retry_is_logged(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    url = server.url("es.txt", TEXT)
+    server.breaks = [100]
+    assert read(url) == TEXT
+    assert re.search(r"es\.txt: .*; trying again in 0 s", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "simplecache::http://127.0.0.1/es.txt",
+        "zip://es.txt::http://127.0.0.1/es.zip",
+        "zip://es.txt::/tmp/es.zip",
+    ],
+)
+def test_chain_of_file_systems_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="is a chain of file systems; give one URL"):
+        sources.expand(url)
+
+
+def test_unset_variable_in_a_url_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"\$\{NOT_SET_AT_ALL\} is not set; export it"):
+        sources.expand("https://me:${NOT_SET_AT_ALL}@127.0.0.1/es.txt")
+
+
+def test_listing_of_a_server_gets_no_environment_variable(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    names = ["leak-${MY_SECRET}.txt", "leak-$MY_SECRET.txt", "x::file:$MY_SECRET.txt", "es.txt"]
+    links = "".join(f'<a href="{name}">{name}</a>' for name in names)
+    url = server.url("", links.encode())
+    for name in names:
+        server.url(name, TEXT)
+        server.url(quote(name), TEXT)
+    with contextlib.suppress(UsageError, EnvironmentProblem):
+        shard(tmp_path, f"{url}*.txt")
+    assert len(server.paths) > 1 and "hunter2" not in "".join(server.paths)
+
+
 @pytest.mark.parametrize("name", ["es.zip", "es.tar.gz", "es.tgz", "es.7z"])
 def test_archives_of_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UsageError, match="unpack it"):
-        sources.Stream(str(tmp_path / name))
+        sources.Stream(*sources.expand(str(tmp_path / name)))
 
 
 @needs_datasets
@@ -275,16 +383,16 @@ def test_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     counts = shard(tmp_path, name)
     assert (counts["lines"], counts["documents"]) == (5, 3)
     with pytest.raises(UsageError, match=r"no text in a column 'text'; there are texto"):
-        sources.Stream(f"{sources.DATASET}{tmp_path}/es")
+        sources.Stream(*sources.expand(f"{sources.DATASET}{tmp_path}/es"))
     assert "torch" not in sys.modules, "datasets imports it unless USE_TORCH is 0"
     with pytest.raises(UsageError, match="is not hf://datasets/NAME"):
-        sources.Stream(f"{sources.DATASET}a:b:c:d:e")
+        sources.Stream(*sources.expand(f"{sources.DATASET}a:b:c:d:e"))
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentProblem, match=r"needs: pip install -e '\.\[datasets\]'"):
-        sources.Stream("hf://datasets/ana/textos")
+        sources.Stream(*sources.expand("hf://datasets/ana/textos"))
 
 
 def test_secrets_in_urls_are_not_written(
@@ -303,3 +411,87 @@ def test_secrets_in_urls_are_not_written(
     assert "hunter2" not in done.stderr + failed.stderr
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+def glob_with_password(server: Server) -> str:
+    """Serve a text and a listing; return a URL with `*` and a variable."""
+    url = server.url("texts/", b'<a href="es.txt">es.txt</a>')
+    server.url("texts/es.txt", TEXT)
+    return url.replace("http://", "http://me:${CORPUS_PASSWORD}@") + "*.txt"
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_password_of_a_glob_is_not_written(
+    server: Server, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("CORPUS_PASSWORD", "hunter2")
+    server.statuses["/texts/es.txt"] = status
+    setting = f'corpus.source="{glob_with_password(server)}"'
+    done = cli("run", "--run-dir", "run", "--until", "corpus", "--set", setting)
+    assert done.returncode == (0 if status == 200 else 3), done.stderr
+    assert "/texts/es.txt" in server.paths
+    assert "hunter2" not in done.stderr and (status == 200 or "${CORPUS_PASSWORD}" in done.stderr)
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("status", [302, 500])
+def test_error_hides_a_password_that_the_server_sends_back(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+) -> None:
+    monkeypatch.setenv("CORPUS_PASSWORD", "hunter2")
+    server.statuses["/texts/es.txt"] = status
+    server.headers = {"Location": "http://hunter2.invalid/es.txt"}
+    server.reason = "hunter2"
+    with pytest.raises(EnvironmentProblem, match="cannot be read") as raised:
+        shard(tmp_path, glob_with_password(server))
+    assert "hunter2" not in str(raised.value) + capsys.readouterr().err
+
+
+def xz_with_dictionary(text: bytes, size_code: int) -> bytes:
+    """Compress a text, and declare a dictionary of another size (xz-file-format, 5.3.1)."""
+    content = bytearray(lzma.compress(text))
+    length = 4 * (content[12] + 1)
+    header = content[12 : 12 + length]
+    header[header.index(b"\x21\x01") + 2] = size_code
+    header[-4:] = zlib.crc32(header[:-4]).to_bytes(4, "little")
+    return bytes(content[:12] + header + content[12 + length :])
+
+
+def zstd_with_window(text: bytes, exponent: int) -> bytes:
+    """Store a text in one raw block, and declare a window of 2^(10 + exponent) bytes (RFC 8878)."""
+    block = (len(text) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([exponent << 3]) + block + text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("es.xz", xz_with_dictionary(b"uno\n", 39)),  # 3 GiB
+        ("es.zst", zstd_with_window(b"uno\n", 21)),
+    ],
+)
+def test_compressed_text_that_takes_much_memory_is_refused(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot be read as text: .*[Mm]emory"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("es.xz", xz_with_dictionary(b"uno\n", 28)),  # 64 MiB, that of `xz -9`
+        ("es.xz", lzma.compress(b"u") + lzma.compress(b"no\n") + bytes(8)),
+        ("es.xz", lzma.compress(b"u") + bytes(4) + lzma.compress(b"no\n")),
+        ("es.zst", zstd_with_window(b"uno\n", 17)),
+    ],
+)
+def test_valid_compressed_text_is_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read(str(tmp_path / name)) == b"uno\n"

@@ -187,3 +187,13 @@ def test_event_survives_its_line() -> None:
     line = '{"event": "step", "step": 3, "clock": 1.5, "scalars": {"loss/total": 2.0}}'
     assert events.parse(line + "output of another process") == event
     assert events.parse("any other output") is None
+
+
+def test_child_gets_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ["NVIDIA_API_KEY", "TF_API_KEY", "LC_TOKEN", "NCCL_SECRET", "CUDA_PASSWORD"]
+    secrets += ["NVIDIA_CREDENTIALS", "HF_TOKEN", "TF_TOKEN_host", "TF_VAR_x"]
+    settings = ["NCCL_DEBUG", "TF_CPP_MIN_LOG_LEVEL", "LC_ALL", "TOKENIZERS_PARALLELISM"]
+    for name in secrets + settings:
+        monkeypatch.setenv(name, "1")
+    environment = subprocesses.child_environment({})
+    assert not set(secrets) & set(environment) and set(settings) <= set(environment)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -339,7 +340,7 @@ def test_models_that_are_not_one_electra_are_refused(
     for pair, message in (
         ((other_heads, generator), "upstream has no discriminator of 128 units, 4 heads"),
         ((generator, discriminator), "missing in or foreign to a discriminator"),
-        ((discriminator, tmp_path), "no generator of transformers"),
+        ((discriminator, tmp_path), "has no ELECTRA for transformers"),
     ):
         with pytest.raises(UsageError, match=message):
             convert.to_tensorflow(*pair, tmp_path / "back")
@@ -351,3 +352,15 @@ def test_wrong_arguments_of_convert_are_one_line(cli: Any, tmp_path: Path) -> No
     for arguments in (["nowhere"], ["empty"], ["a", "b"], ["a", "--to-tf"], ["a", "b", "--to-tf"]):
         done = cli("convert", *arguments, "--out", "hf")
         assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_layer_with_an_enormous_number_takes_no_memory() -> None:
+    shapes = {name: np.shape(value) for name, value in variables(64, 64, 64).items()}
+    shapes["electra/encoder/layer_150000/output/dense/kernel"] = (64, 64)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=r"lacks electra/encoder/layer_2/"):
+            weights.describe("discriminator", shapes)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
 import logging
 import lzma
+import math
 import os
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from urllib.parse import quote
 
 import fsspec
 from backports import zstd
 
 from electra_wrap.errors import EnvironmentProblem, UsageError
+from electra_wrap.progress import log
 
 #: A data set of a hub: hf://datasets/NAME[@REVISION][:CONFIG[:SPLIT[:COLUMN]]].
 DATASET = "hf://datasets/"
 
-#: How to open compressed text. The formats mark their end, so that a truncated file is an error.
-_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open}
+#: An environment variable in a URL, and several file systems in one URL as fsspec writes them.
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_CHAIN = re.compile(r"^[\w+-]+::|::(/|[\w+-]+://)")
+
+#: Most bytes that .xz may take to decompress; `xz -9` takes 65 MiB. zstd's own limit is 128 MiB.
+MAX_XZ_MEMORY = 2**28
 
 #: What reading a truncated or corrupt file raises. For bz2 that is an OSError without errno.
 _READ_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zstd.ZstdError)
@@ -37,7 +45,7 @@ _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
 PAUSES = (1, 2, 4, 8, 16)
 
 #: Seconds without a byte after which a transfer counts as broken off.
-TIMEOUT = 60
+TIMEOUT = 30
 
 #: Bytes of the first request over HTTP, and of the largest. Each request is for twice as many as
 #: the one before, so that neither the beginning of a file nor all of it takes many requests.
@@ -48,18 +56,76 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
-def expand(name: str) -> list[str]:
-    """Return the files that a source names: those that match a URL with `*`, or else itself."""
-    if not is_remote(name) or "*" not in name:
-        return [name]
-    filesystem, path = _filesystem(name)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file, a data set of a hub, or a path in one of fsspec's file systems.
+
+    `name` is for messages and the manifest. It has the names of environment variables; their
+    `values`, each with its ${NAME}, are what `hide` removes from a text.
+    """
+
+    name: str
+    filesystem: Any = None
+    path: str = ""
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def hide(self, text: str) -> str:
+        """Replace the values of environment variables by their names."""
+        for value, name in self.values.items():
+            for form in (value, quote(value, safe="")):
+                text = text.replace(form, name)
+        return text
+
+
+def expand(name: str) -> list[Source]:
+    """Return the sources that a value of `corpus.source` names: itself, or with `*` all matches.
+
+    The environment variables of a URL get their values here: once, so that no listing of a server
+    can name another one. UsageError if one is not set, or if nothing matches.
+    """
+    if not is_remote(name) or name.startswith(DATASET):
+        return [Source(name)]
+    source = _find_filesystem(name)
+    if "*" not in name:
+        return [source]
     try:
-        matches = sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+        paths = sorted(source.filesystem.glob(source.path))
     except Exception as error:  # each file system has errors of its own
-        raise _unavailable(f"{name} cannot be listed", error) from None
-    if not matches:
+        raise _unavailable(f"{name} cannot be listed", error, source) from None
+    if not paths:
         raise UsageError(f"corpus.source = {name!r} matches nothing; correct it")
-    return matches
+    unstrip = source.filesystem.unstrip_protocol
+    return [
+        dataclasses.replace(source, name=source.hide(unstrip(path)), path=path) for path in paths
+    ]
+
+
+def _find_filesystem(url: str) -> Source:
+    """Return the source of a URL. UsageError or EnvironmentProblem if fsspec cannot read it."""
+    if _CHAIN.search(url):
+        raise UsageError(f"corpus.source = {url!r} is a chain of file systems; give one URL")
+    names = _VARIABLE.findall(url)
+    if unset := [name for name in names if name not in os.environ]:
+        raise UsageError(f"corpus.source = {url!r}: ${{{unset[0]}}} is not set; export it")
+    # A shorter value is no secret, and would be found everywhere.
+    values = {os.environ[name]: f"${{{name}}}" for name in names if len(os.environ[name]) > 3}
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+        # Ranges count the bytes that are sent. The environment: proxies, and passwords in ~/.netrc.
+        client = {"timeout": timeout, "auto_decompress": False, "trust_env": True}
+        options = {"client_kwargs": client, "skip_instance_cache": True}
+    try:
+        expanded = _VARIABLE.sub(lambda match: os.environ[match[1]], url)
+        filesystem, path = fsspec.core.url_to_fs(expanded, **options)
+        return Source(url, filesystem, path, values)
+    except ImportError as error:
+        raise EnvironmentProblem(f"corpus.source = {url!r}: {error}") from None
+    except Exception as error:  # each file system has errors of its own
+        reason = _describe(error, Source(url, values=values))
+        raise UsageError(f"corpus.source = {url!r}: {reason}; correct it") from None
 
 
 class Stream:
@@ -70,21 +136,22 @@ class Stream:
     SHA-256 of its stored bytes is not `sha256`.
     """
 
-    def __init__(self, name: str, sha256: str | None = None, *, retry: bool = True) -> None:
+    def __init__(self, source: Source, sha256: str | None = None, *, retry: bool = True) -> None:
+        name = source.name
         path = Path(re.split("[?#]", name)[0] if is_remote(name) else name)
         decompress = _OPEN.get(path.suffix)
-        source: io.RawIOBase
+        file: io.RawIOBase
         if name.startswith(DATASET):
-            source, decompress = _Dataset(name), None
+            file, decompress = _Dataset(source), None
         elif path.suffix in _ARCHIVES or ".tar" in path.suffixes:
             raise UsageError(f"{name}: an archive of files is not read; unpack it")
-        elif is_remote(name):
-            source = _Remote(name, retry)
+        elif source.filesystem:
+            file = _Remote(source, retry)
         else:
-            source = io.FileIO(name)
+            file = io.FileIO(name)
         self.name, self._sha256 = name, sha256
-        self.size: int = getattr(source, "size", 0)
-        self._counter = _Counter(source, hashlib.sha256() if sha256 else None)
+        self.size: int = getattr(file, "size", 0)
+        self._counter = _Counter(file, hashlib.sha256() if sha256 else None)
         self._stored = io.BufferedReader(self._counter, 2**16)
         self._text = decompress(self._stored) if decompress else self._stored
 
@@ -134,37 +201,47 @@ class _Counter(_Raw):
         return number
 
 
-def _describe(error: Exception) -> str:
+class _Xz(_Raw):
+    """Decompresses .xz. Unlike lzma.open, it refuses what takes more than `MAX_XZ_MEMORY`."""
+
+    def __init__(self, stored: io.BufferedReader) -> None:
+        self._stored, self._decompressor = stored, lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
+
+    def readinto(self, buffer: Any) -> int:
+        text = b""
+        while not text:
+            data = self._decompressor.unused_data
+            if self._decompressor.eof:  # another stream may follow, after a padding of zeros
+                while not data.strip(b"\0"):
+                    if not (data := self._stored.read(2**16)):
+                        return 0
+                data = data.lstrip(b"\0")
+                self._decompressor = lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
+            elif self._decompressor.needs_input and not (data := self._stored.read(2**16)):
+                raise EOFError("the file ends before its end marker")
+            text = self._decompressor.decompress(data, len(buffer))
+        buffer[: len(text)] = text
+        return len(text)
+
+
+#: How to open compressed text. The formats mark their end, so that a truncated file is an error.
+_OPEN: dict[str, Any] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lambda stored: io.BufferedReader(_Xz(stored), 2**16),
+    ".zst": zstd.open,
+}
+
+
+def _describe(error: Exception, source: Source) -> str:
     """Describe an error on one line, without the URL of an HTTP error: it may hold a secret."""
     if hasattr(error, "status"):  # aiohttp's; the import for its type would take 0.1 s
-        return f"{error.status} {getattr(error, 'message', '')}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return source.hide(f"{error.status} {getattr(error, 'message', '')}")
+    return source.hide(" ".join(str(error).split()) or type(error).__name__)
 
 
-def _unavailable(problem: str, error: Exception) -> EnvironmentProblem:
-    return EnvironmentProblem(f"{problem} ({_describe(error)}); run again later")
-
-
-def _is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it."""
-    options: dict[str, Any] = {}
-    if _is_http(url):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
-        # Ranges count the bytes that are sent. The environment: proxies, and passwords in ~/.netrc.
-        client = {"timeout": timeout, "auto_decompress": False, "trust_env": True}
-        options = {"client_kwargs": client, "skip_instance_cache": True}
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(os.path.expandvars(url), **options))
-    except ImportError as error:
-        raise EnvironmentProblem(f"corpus.source = {url!r}: {error}") from None
-    except Exception as error:  # each file system has errors of its own
-        raise UsageError(f"corpus.source = {url!r}: {_describe(error)}; correct it") from None
+def _unavailable(problem: str, error: Exception, source: Source) -> EnvironmentProblem:
+    return EnvironmentProblem(f"{problem} ({_describe(error, source)}); run again later")
 
 
 class _Remote(_Raw):
@@ -174,12 +251,11 @@ class _Remote(_Raw):
     again and the bytes that were read before are skipped.
     """
 
-    def __init__(self, url: str, retry: bool) -> None:
-        self._url, self._pauses = url, PAUSES if retry else ()
-        self._filesystem, self._path = _filesystem(url)
+    def __init__(self, source: Source, retry: bool) -> None:
+        self._source, self._pauses = source, PAUSES if retry else ()
         self._position, self._block, self.size = 0, FIRST_BLOCK, 0
-        self._version: str | None = None
-        self._is_block = False  # whether the open file is one block of a larger file
+        self._end = math.inf  # where the open file ends, if it is a block of a larger one
+        self._version: dict[str, Any] = {}
         self._file: Any = None
         self._read_with_retries(0)  # the size is known from now on
 
@@ -190,12 +266,12 @@ class _Remote(_Raw):
         return len(data)
 
     def _read_with_retries(self, number: int) -> bytes:
-        pauses = iter(self._pauses)
+        pauses, name = iter(self._pauses), self._source.name
         while True:
             try:
                 return self._read(number)
             except FileNotFoundError:
-                raise UsageError(f"{self._url}: no such file; correct corpus.source") from None
+                raise UsageError(f"{name}: no such file; correct corpus.source") from None
             except UsageError:
                 raise
             except Exception as error:  # each file system has errors of its own
@@ -203,57 +279,75 @@ class _Remote(_Raw):
                 status, pause = getattr(error, "status", 0), next(pauses, None)
                 refused = 400 <= status < 500 and status not in (408, 429)
                 if pause is None or refused:
-                    problem = f"{self._url} cannot be read beyond byte {self._position:,}"
-                    raise _unavailable(problem, error) from None
+                    problem = f"{name} cannot be read beyond byte {self._position:,}"
+                    raise _unavailable(problem, error, self._source) from None
+                log(f"{name}: {_describe(error, self._source)}; trying again in {pause} s")
                 time.sleep(pause)
 
     def _read(self, number: int) -> bytes:
+        if self._position == self._end != self.size:
+            self._drop()
+            self._block = min(2 * self._block, LAST_BLOCK)
         if self._file is None:
             self._open()
-        data: bytes = self._file.read(number)
-        if number and not data and self._is_block and self._position != self.size:
-            self._block = min(2 * self._block, LAST_BLOCK)
-            self._open()
-            data = self._file.read(number)
-        if number and not data and self._position < self.size:
+        data: bytes = self._file.read(int(min(number, self._end - self._position)))
+        end = self.size if self._end == math.inf else self._end
+        if number and not data and self._position < end:
             raise EOFError("the server sends nothing more")
         return data
 
     def _open(self) -> None:
         """Open the file at the position. Over HTTP, open one block, so that no more is sent."""
-        if _is_http(self._url):
-            file, status, headers = self._request()
-            version = headers.get("Last-Modified") or headers.get("ETag") or self._version
+        source = self._source
+        if "https" in source.filesystem.protocol:
+            file, version = self._request()
         else:
-            file, status, headers = self._filesystem.open(self._path, "rb"), 0, {}
+            file = source.filesystem.open(source.path, "rb")
             file.seek(self._position)
-            self.size, version = file.size or 0, self._filesystem.ukey(self._path)
-        if self._version not in (None, version):
-            raise UsageError(f"{self._url} changed while it was read; run again to start over")
-        self._file, self._version, self._is_block = file, version, status == 206
+            version = {"size": file.size, "key": source.filesystem.ukey(source.path)}
+        version = {key: value for key, value in version.items() if value}
+        if any(self._version[key] != version[key] for key in self._version.keys() & version.keys()):
+            raise UsageError(f"{source.name} changed while it was read; run again to start over")
+        self._file, self._version = file, self._version | version
+        self.size = self._version.get("size", 0)
+
+    def _request(self) -> tuple[Any, dict[str, Any]]:
+        """Request a block; return it, and what identifies the version of the whole file."""
+        last = self._position + self._block - 1
+        headers: Any = {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-{last}"}
+        try:
+            # With a size, fsspec does not request it; without blocks, it does not buffer.
+            file = self._source.filesystem.open(
+                self._source.path, "rb", block_size=0, size=1, headers=headers
+            )
+            status, headers = file.r.status, file.r.headers
+        except Exception as error:
+            if getattr(error, "status", 0) != 416:  # the position is the end of the file
+                raise
+            file, status, headers = io.BytesIO(), 416, getattr(error, "headers", None) or {}
+        content_range = headers.get("Content-Range", "")
         if status == 206:
-            total = headers["Content-Range"].rpartition("/")[2]
-            self.size = int(total) if total.isdigit() else 0
-        elif status == 200:  # the server does not support ranges and sends the whole file
-            self.size = int(headers.get("Content-Length") or 0)
-            skip = self._position
+            match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range)
+            start, self._end = (int(match[1]), int(match[2]) + 1) if match else (-1, 0)
+            size = int(match[3]) if match and match[3] != "*" else 0
+            if start != self._position or self._end <= start or 0 < size < self._end:
+                raise OSError("the server sends another range than requested")
+        elif status == 416:
+            total = content_range.rpartition("/")[2]
+            size, self._end = int(total) if total.isdigit() else self._position, self._position
+            if self._position < size:
+                raise OSError("the server refuses to send the rest")
+        else:  # the server does not support ranges and sends the whole file
+            size, self._end, skip = (
+                int(headers.get("Content-Length") or 0),
+                math.inf,
+                self._position,
+            )
             while skip and (data := file.read(min(skip, 2**16))):
                 skip -= len(data)
             if skip:
                 raise EOFError("the file is shorter than before")
-
-    def _request(self) -> tuple[Any, int, Any]:
-        """Request a block; return the file that it is, the status and the headers."""
-        end = self._position + self._block - 1
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-{end}"}
-        try:
-            # With a size, fsspec does not request it; without blocks, it does not buffer.
-            file = self._filesystem.open(self._path, "rb", block_size=0, size=1, headers=headers)
-        except Exception as error:
-            if getattr(error, "status", 0) != 416:  # the position is the end of the file
-                raise
-            return io.BytesIO(), 416, getattr(error, "headers", None) or {}
-        return file, file.r.status, file.r.headers
+        return file, {key: headers.get(key) for key in ("ETag", "Last-Modified")} | {"size": size}
 
     def _drop(self) -> None:
         """Close the file, ignoring errors, so that the next read opens it again."""
@@ -269,23 +363,25 @@ class _Remote(_Raw):
 class _Dataset(_Raw):
     """The rows of a data set of a hub, with a blank line after each."""
 
-    def __init__(self, name: str) -> None:
-        self._name, self._rows, self._row = name, _open_dataset(name), io.BytesIO()
+    def __init__(self, source: Source) -> None:
+        self._source, self._rows, self._row = source, _open_dataset(source), io.BytesIO()
 
     def readinto(self, buffer: Any) -> int:
         while not (number := self._row.readinto(buffer)):
             try:
                 row = next(self._rows, None)
             except Exception as error:
-                raise _unavailable(f"{self._name} cannot be read further", error) from None
+                problem = f"{self._source.name} cannot be read further"
+                raise _unavailable(problem, error, self._source) from None
             if row is None:
                 return 0
             self._row = io.BytesIO(re.sub(r"\n\s*\n", "\n", row).encode() + b"\n\n")
         return number
 
 
-def _open_dataset(source: str) -> Iterator[str]:
+def _open_dataset(dataset: Source) -> Iterator[str]:
     """Return the rows of a data set, streamed from the hub or read from a local directory."""
+    source = dataset.name
     os.environ["USE_TORCH"] = "0"  # else the library imports PyTorch
     try:
         import datasets
@@ -305,9 +401,9 @@ def _open_dataset(source: str) -> Iterator[str]:
         )
         first = next(iter(rows), {column: ""})
     except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UsageError(f"{source}: {_describe(error)}; correct corpus.source") from None
+        raise UsageError(f"{source}: {_describe(error, dataset)}; correct corpus.source") from None
     except Exception as error:
-        raise _unavailable(f"{source} cannot be read", error) from None
+        raise _unavailable(f"{source} cannot be read", error, dataset) from None
     if not isinstance(first.get(column), str):
         raise UsageError(f"{source}: no text in a column {column!r}; there are {', '.join(first)}")
     return (row[column] or "" for row in rows)

@@ -11,6 +11,7 @@ from electra_wrap import __version__
 from electra_wrap.data import corpus, sources
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import ENGINES
+from electra_wrap.errors import mask
 from electra_wrap.metrics import UPSTREAM
 from electra_wrap.monitor import evaluation
 from electra_wrap.monitor.templates import render
@@ -115,7 +116,7 @@ def _public_profile(run: Run) -> dict[str, Any]:
 
     def public(source: str) -> str:
         is_public = sources.is_remote(source) and not _LOCAL_URL.search(source)
-        return source if is_public else Path(source).name
+        return mask(source) if is_public else Path(source).name
 
     values = run.profile.model_dump()
     values["corpus"]["source"] = list(map(public, run.profile.corpus.sources))

@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter
 from electra_wrap import __version__
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import ENGINES, find_checkpoint
-from electra_wrap.errors import ElectraWrapError, UsageError
+from electra_wrap.errors import ElectraWrapError, UsageError, mask
 from electra_wrap.files import write_text
 from electra_wrap.inference import infer
 from electra_wrap.metrics import UPSTREAM
@@ -153,7 +153,7 @@ def _describe(run: Run, name: str, curves: Curves) -> dict[str, Any]:
     return {
         "name": name,
         "run": run,
-        "toml": toml(run.profile.model_dump()),
+        "toml": mask(toml(run.profile.model_dump())),
         "step": checkpoint.step if checkpoint else None,
         "evaluations": {engine: evaluation.evaluations(run, engine) for engine in ENGINES},
         "best": {engine: found.step for engine, found in best.items() if found},

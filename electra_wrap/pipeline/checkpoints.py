@@ -11,7 +11,11 @@ from electra_wrap.run import Run
 
 
 def require_checkpoint(run: Run, step: int | Literal["best"] | None) -> Checkpoint:
-    """Return the latest intact checkpoint, that of a step or the best one. UsageError if none."""
+    """Return the latest intact checkpoint, that of a step or the best one. UsageError if none.
+
+    Its files are read and compared with their checksums.
+    """
+    run.forget_digests(run.model_dir)
     if step == "best":
         if best := evaluation.best(run):
             return best

@@ -11,10 +11,12 @@ from typing import Literal
 from electra_wrap.data import vocab
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import ENGINES, find_checkpoint, weight_digests
+from electra_wrap.errors import UsageError
 from electra_wrap.files import new_directory, write_text
 from electra_wrap.monitor import card, evaluation
+from electra_wrap.pipeline import vocab as vocab_stage
 from electra_wrap.pipeline.checkpoints import require_checkpoint
-from electra_wrap.pipeline.stage import Digest, Stage, Values
+from electra_wrap.pipeline.stage import Digest, Stage, Values, changed_output
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import log
 from electra_wrap.run import Run
@@ -62,6 +64,9 @@ def convert(run: Run, step: int | Literal["best"] | None, out: Path, *, replace:
     UsageError if there is no such checkpoint, or if `out` has a model and not `replace`.
     """
     checkpoint = require_checkpoint(run, step)
+    run.forget_digests(run.vocabulary)
+    if change := changed_output(run, vocab_stage.STAGE):
+        raise UsageError(f"{run.directory}: {change}; `run` restores it")
     with new_models(out, NETWORKS, replace=replace) as work:
         _export(run, checkpoint, work)
     log(f"convert: step {checkpoint.step:,} is in {out}")

@@ -66,6 +66,11 @@ def evaluate(run: Run, step: int | None) -> Values:
         checkpoint = require_checkpoint(run, step)
         if not run.results(f"examples {checkpoint.engine}").get("held_out_examples"):
             raise UsageError(f"{run.directory} cannot be evaluated: {_problem(run)}")
+        held_out = ENGINES[checkpoint.engine].EXAMPLES[1]
+        written = run.record(f"examples {checkpoint.engine}")["outputs"][held_out]
+        run.forget_digests(run.directory / held_out)
+        if run.digest(run.directory / held_out) != written:
+            raise UsageError(f"{run.directory / held_out} is damaged; `run` builds it again")
         ENGINES[checkpoint.engine].prepare(run)
         return evaluate_checkpoint(run, checkpoint)
 

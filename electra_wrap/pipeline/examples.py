@@ -9,11 +9,12 @@ from electra_wrap import files
 from electra_wrap.data import parts, tfrecords
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
-from electra_wrap.pipeline import corpus
+from electra_wrap.pipeline import corpus, vocab
 from electra_wrap.pipeline.stage import (
     Digest,
     Stage,
     Values,
+    changed_output,
     data_digests,
     describe_change,
     stale_reason,
@@ -140,9 +141,11 @@ def build_shard(run: Run, index: int, count: int) -> None:
     UsageError if corpus or vocabulary is missing, or if there are parts with other settings.
     """
     with run.lock(shared=True):
-        for name in ("corpus", "vocab"):
-            if run.record(name).get("outcome") != "done":
-                raise UsageError(f"--shard needs the stage {name}; first, once: run --until vocab")
+        run.forget_digests(run.directory)
+        for stage in (corpus.STAGE, vocab.STAGE):
+            if run.record(stage.name).get("outcome") != "done" or changed_output(run, stage):
+                needed = f"--shard needs the stage {stage.name}"
+                raise UsageError(f"{needed}; first, once: run --until vocab")
         if _has_records(run):
             raise UsageError("--shard: corpus.source has records already; leave --shard out")
         for name in _parts_names(run):

@@ -75,11 +75,17 @@ def stale_reason(run: Run, stage: Stage, digest: Digest) -> str | None:
         return str(record["outcome"])
     if change := describe_change(record["inputs"], stage.inputs(run, digest)):
         return change
+    return changed_output(run, stage)
+
+
+def changed_output(run: Run, stage: Stage) -> str | None:
+    """Return which output is missing or is not as the stage wrote it; None if none is."""
+    written = run.record(stage.record_name(run)).get("outputs", {})
     for name in stage.outputs(run):
         path = run.directory / name
         if not path.exists():
             return f"{name} is missing"
-        if run.digest(path) != record["outputs"].get(name):
+        if run.digest(path) != written.get(name):
             return f"{name} has changed since this stage wrote it"
     return None
 

@@ -128,7 +128,6 @@ def _execute(run: Run) -> Values:
 
 def _prepare_checkpoint(run: Run) -> int:
     """Leave the latest intact checkpoint, in the engine's own format; return its step, or 0."""
-    run.forget_digests(run.model_dir)
     latest = find_checkpoint(run)
     for checkpoint in checkpoints(run):
         if latest and checkpoint.step < latest.step:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from electra_wrap.errors import UsageError
+from electra_wrap.errors import UsageError, visible
 
 _STYLES = {"replaced": "bold red", "found": "green", "missed": "yellow", "false alarm": "bold red"}
 
@@ -95,6 +95,4 @@ def _summarize(counts: Counter[str], *, generated: bool) -> str:
 
 
 def _visible(text: str) -> Text:
-    """Replace control characters and changes of direction, which a terminal would obey."""
-    joiners = "\u200c\u200d"
-    return Text("".join(c if c.isprintable() or c in joiners else "\ufffd" for c in text))
+    return Text(visible(text))

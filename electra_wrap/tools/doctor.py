@@ -21,7 +21,7 @@ from electra_wrap import packages
 from electra_wrap.data import corpus, sources, vocab
 from electra_wrap.engine import Engine
 from electra_wrap.engines import ENGINES
-from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, from_os_error
+from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, from_os_error, printable
 from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
 
@@ -63,9 +63,9 @@ def examine(run: Run, *, named: bool) -> Iterator[Finding]:
 def _check(name: str, check: Callable[[], str], *, needed: bool) -> Finding:
     """Return the result of `check`, or the error that it raises: `what is wrong; what to do`."""
     try:
-        return Finding(name, "ok", check())
+        return Finding(name, "ok", printable(check()))
     except (ElectraWrapError, OSError) as error:
-        message = str(from_os_error(error) if isinstance(error, OSError) else error)
+        message = printable(str(from_os_error(error) if isinstance(error, OSError) else error))
         problem, _, fix = message.partition("; ")
         return Finding(name, "missing" if needed else "warning", problem, fix)
 

@@ -25,12 +25,13 @@ from electra_wrap.files import lock
 #: Seconds after which a remote that does not answer is unreachable, and for a fetch.
 ANSWER_TIMEOUT, FETCH_TIMEOUT = 8, 600
 
-# Whatever the user's git configuration: no hooks, no prompts, no conversion of line ends or
-# symbolic links, and no transports that run commands.
+# Whatever the user's git configuration: no hooks, no prompts, no attributes, no conversion of line
+# ends or symbolic links, and no transports that run commands.
 _GIT = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.autocrlf=false"]
-_GIT += ["-c", "core.symlinks=false"]
+_GIT += ["-c", "core.symlinks=false", "-c", "core.attributesFile=/dev/null"]
 _GIT_ENVIRONMENT = {
     "GIT_TERMINAL_PROMPT": "0",
+    "GIT_ATTR_NOSYSTEM": "1",
     "GIT_ASKPASS": "true",
     "GIT_ALLOW_PROTOCOL": "file:git:http:https:ssh",
     "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",

@@ -198,10 +198,11 @@ def _run_pretraining(
 def _run_script(
     run: Run, name: str, arguments: list[str], env: dict[str, str], log: Path, on_event: OnEvent
 ) -> None:
-    """Run a script of a checkout that is verified first."""
+    """Run a script of a checkout that is verified before and after."""
     source = checkout.ensure(run.upstream)
     argv = [sys.executable, "-s", str(source / name), *arguments]
     subprocesses.follow(argv, cwd=source, env=env, log=log, on_event=on_event)
+    checkout.ensure(run.upstream)
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:
