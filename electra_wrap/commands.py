@@ -335,7 +335,7 @@ def evaluate(arguments: Arguments) -> None:
 def tensorboard(arguments: Arguments) -> None:
     from electra_wrap.tools import tensorboard as tool
 
-    tool.serve([path.resolve() for path in arguments.run_dirs], arguments.host, arguments.port)
+    tool.serve([path.absolute() for path in arguments.run_dirs], arguments.host, arguments.port)
 
 
 @_command(
@@ -346,7 +346,7 @@ def tensorboard(arguments: Arguments) -> None:
 def report(arguments: Arguments) -> None:
     from electra_wrap.monitor import report as page
 
-    print(page.write([path.resolve() for path in arguments.run_dirs], arguments.out))
+    print(page.write(arguments.run_dirs, arguments.out))
 
 
 def _load_run(arguments: Arguments) -> Run:
@@ -358,4 +358,5 @@ def _load_run(arguments: Arguments) -> Run:
 
 def _print_json(value: Any, indent: int | None = 2) -> None:
     utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-    print(json.dumps(value, indent=indent, ensure_ascii=not utf8))
+    text = json.dumps(value, indent=indent, ensure_ascii=not utf8)
+    print(re.sub(r"[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text))

@@ -14,6 +14,9 @@ _VALUE = re.compile(
     r"[^&#\s]{12,}?(?=['\"),;.:]*(?:[\s&#]|$))"
 )
 
+#: Longest message. Of a longer one, the middle is left out.
+MAX_LENGTH = 1500
+
 #: Characters that a terminal obeys: controls, and changes of the writing direction.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -21,12 +24,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 def mask(text: str) -> str:
     """Replace what may be a secret in the URLs of a text by `***`."""
     masked = PASSWORD.sub(r"\1***@", text)
-    return re.sub(r"\w://\S+", lambda url: _VALUE.sub(r"\1***", url[0]), masked)
+    # A path that was made of a URL has one slash, and spaces need not be the URL's end.
+    return re.sub(r"\w:/.*", lambda urls: _VALUE.sub(r"\1***", urls[0]), masked)
 
 
 def printable(text: str) -> str:
-    """Return a text as one line for a terminal: without secrets and control characters."""
-    return visible(mask(text))
+    """Return a text as a line for a terminal: not endless, no secrets, no control characters."""
+    text = visible(mask(text))
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 400]} … {text[-400:]}"
 
 
 def visible(text: str) -> str:

@@ -82,6 +82,13 @@ def _umask() -> int:
 _UMASK = _umask()
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file. ValueError for anything else: reading a pipe would not end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path.read_text(encoding="utf-8")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees the old text or the new one."""
     with atomic(path) as temporary:
@@ -136,7 +143,7 @@ def write_checksums(checksums: Path, files: Iterable[Path]) -> None:
 def is_intact(checksums: Path, digest: Callable[[Path], str] = sha256) -> bool:
     """Whether the files match the checksums. False if there is no checksum file."""
     try:
-        lines = [line.split("  ", 1) for line in checksums.read_text("utf-8").splitlines()]
+        lines = [line.split("  ", 1) for line in read_text(checksums).splitlines()]
         named = {checksums.parent / name: expected for expected, name in lines}
         # Reading a device or a pipe would not end.
         return bool(named) and all(

@@ -6,13 +6,16 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from electra_wrap import files
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import Profile
+from electra_wrap.profile import EngineName, Profile
 
 MANIFEST = "manifest.json"
 
@@ -40,7 +43,7 @@ class Run:
         launch: str | None = None,
     ) -> None:
         self.profile = profile
-        self.directory = directory.resolve()
+        self.directory = Path(os.path.realpath(directory))  # resolve() raises an error for loops
         self.upstream = upstream
         self.launch = launch
         self.manifest = read_manifest(self.directory)
@@ -90,11 +93,10 @@ class Run:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens in vocab.txt; where that file is missing, the number it last had."""
+        """Number of tokens in vocab.txt; without a readable one, the number it last had."""
         try:
-            text = self.vocabulary.read_text(encoding="utf-8")
-            return len(text.removesuffix("\n").split("\n"))
-        except FileNotFoundError:
+            return len(files.read_text(self.vocabulary).removesuffix("\n").split("\n"))
+        except (FileNotFoundError, ValueError):
             return int(self.results("vocab").get("vocab_size", 0))
 
     def record(self, stage: str) -> dict[str, Any]:
@@ -173,6 +175,38 @@ class Run:
         files.write_json(self.directory / MANIFEST, self.manifest)
 
 
+Step = Annotated[str, Field(pattern=r"^\d{1,15}$")]
+
+
+class _Record(BaseModel, extra="allow", strict=True):
+    """The manifest's entry of a stage."""
+
+    outcome: str
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    outputs: dict[str, str] = {}
+    results: dict[str, Any] = {}
+    started: str = ""
+    seconds: float = 0
+
+
+class _Segment(BaseModel, strict=True):
+    engine: EngineName
+    from_step: int
+    to_step: int
+
+
+class _Model(BaseModel, strict=True):
+    trained_by: list[_Segment] = []
+    evaluations: dict[EngineName, dict[Step, dict[str, float]]] = {}
+
+
+class _Manifest(BaseModel, strict=True):
+    stages: dict[str, _Record]
+    digests: dict[str, Any]
+    models: dict[str, _Model]
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return a run directory's manifest; an empty one if there is none.
 
@@ -181,32 +215,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     empty: dict[str, Any] = {"format": FORMAT, "stages": {}, "digests": {}, "models": {}}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.get("format", 1) != FORMAT:
+        manifest = json.loads(files.read_text(path))
+        if isinstance(manifest, dict) and manifest.get("format", 1) != FORMAT:
             raise UsageError(
                 f"{directory} was made by another version of electra_wrap; continue it with that "
                 "version, or choose another --run-dir"
             )
-        if all(map(_is_valid_record, manifest["stages"].values())):
-            return empty | {key: dict(manifest[key]) for key in ("stages", "digests", "models")}
+        _Manifest.model_validate(manifest)
+        return empty | {key: manifest[key] for key in ("stages", "digests", "models")}
     except (FileNotFoundError, NotADirectoryError):
         return empty
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise UsageError(f"{path} is damaged; restore it from a backup, or choose another --run-dir")
-
-
-def _is_valid_record(record: dict[str, Any]) -> bool:
-    types = {"outcome": str, "inputs": dict, "versions": dict}
-    if record["outcome"] == "done":
-        types |= {"outputs": dict, "results": dict}
-    return all(isinstance(record[key], kind) for key, kind in types.items())
+    except (ValueError, RecursionError):
+        message = f"{path} is damaged; restore it from a backup, or choose another --run-dir"
+        raise UsageError(message) from None
 
 
 def read_profile(directory: Path) -> Profile | None:
     """Return the profile that a run directory last ran with; None if there is none."""
     try:
-        text = (directory / "profile.json").read_text(encoding="utf-8")
-        return Profile.model_validate_json(text)
+        return Profile.model_validate_json(files.read_text(directory / "profile.json"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None

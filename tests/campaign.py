@@ -107,6 +107,14 @@ def remaining_processes(directory: Path) -> list[str]:
     return found
 
 
+def _holds_lock(process: int) -> bool:
+    """Whether a process has opened the lock of a run directory."""
+    with contextlib.suppress(OSError):
+        descriptors = Path(f"/proc/{process}/fd").iterdir()
+        return any(path.readlink().name == ".lock" for path in descriptors)
+    return False
+
+
 @dataclasses.dataclass
 class Outcomes:
     """How runs recovered from one kind of fault: by the same command, or after a repair."""
@@ -276,6 +284,8 @@ class Campaign:
                 child.send_signal(signal.Signals[name])
         elif kind in DISK and kind != "read-only disk":
             assert self.disk
+            while child.poll() is None and not _holds_lock(child.pid):
+                time.sleep(0.05)  # without its disk, a new run would begin
             self.disk.damage(kind)
         else:
             os.killpg(child.pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ weights of each engine's best checkpoint are kept in models/NAME/best-STEP.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from electra_wrap import files
@@ -66,7 +67,7 @@ def best(run: Run, engine: str | None = None) -> Checkpoint | None:
     The ranking is that of `evaluations(run, engine)`.
     """
     by_step = evaluations(run, engine)
-    ranked = sorted(by_step, key=lambda step: by_step[step][RANKED_BY])
+    ranked = sorted(by_step, key=lambda step: by_step[step].get(RANKED_BY, math.inf))
     return next(filter(None, (locate(run, step) for step in ranked)), None)
 
 

@@ -156,7 +156,7 @@ def _describe(run: Run, name: str, curves: Curves) -> dict[str, Any]:
         "toml": mask(toml(run.profile.model_dump())),
         "step": checkpoint.step if checkpoint else None,
         "evaluations": {engine: evaluation.evaluations(run, engine) for engine in ENGINES},
-        "best": {engine: found.step for engine, found in best.items() if found},
+        "best": {engine: found.step if found else None for engine, found in best.items()},
         "evaluated_by": evaluation.ranking_engine(run),
         "last": next(reversed(evaluation.evaluations(run).values()), {}),
         "hours": training.total_hours(run),

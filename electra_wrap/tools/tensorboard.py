@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,13 @@ def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
     for directory in directories:
         if not (directory / "models").is_dir():
             raise UsageError(f"{directory} has not trained yet; first `run`")
+
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host}: {error.strerror}; give an address of this machine"
+        ) from None
 
     def create_server(app: Any, flags: Any) -> Any:
         try:
