@@ -234,3 +234,22 @@ def test_message_has_no_secret_and_no_control_character(
     done = cli(*arguments)
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1], done.stderr
     assert "hunter2" not in done.stderr and not re.search(r"[\x00-\x09\x1b]", done.stderr)
+
+
+def test_json_on_stdout_controls_no_terminal(cli: Cli) -> None:
+    done = cli("show", "--set", 'description="\x9b31m"', env={"PYTHONIOENCODING": "utf-8"})
+    assert "\x9b" not in done.stdout and json.loads(done.stdout)["description"] == "\x9b31m"
+
+
+def test_paths_that_lead_in_a_circle_are_one_error(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for arguments in (("report", "loop"), ("show", "loop"), ("run", "--run-dir", "loop")):
+        done = cli(*arguments)
+        assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_host_that_does_not_exist_is_one_error(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "run" / "models").mkdir(parents=True)
+    done = cli("tensorboard", "run", "--host", "999.9.9.9")
+    assert done.returncode == 2 and "error: --host 999.9.9.9: " in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -28,11 +28,19 @@ from electra_wrap.errors import mask, printable
         ("http://h/x?k=${SECRET_TOKEN_NAME}", "http://h/x?k=${SECRET_TOKEN_NAME}"),
         ("http://h/x?k=${A}0123456789", "http://h/x?k=***"),
         ("http://h/x?lines=1&file=es.txt.gz", "http://h/x?lines=1&file=es.txt.gz"),
+        ("http://h/a b?k=0123456789012345", "http://h/a b?k=***"),
+        ("http:/h/x?k=0123456789012345", "http:/h/x?k=***"),
         ("is it a?b=0123456789012345", "is it a?b=0123456789012345"),
     ],
 )
 def test_secrets_in_urls_are_masked(text: str, shown: str) -> None:
     assert mask(text) == shown
+
+
+def test_long_message_has_its_beginning_and_its_end() -> None:
+    shown = printable("corpus.source = " + "x" * 100_000 + " is wrong; correct it")
+    assert len(shown) < 1600
+    assert shown.startswith("corpus.source = x") and shown.endswith("x is wrong; correct it")
 
 
 def test_message_is_one_line_without_control_characters() -> None:

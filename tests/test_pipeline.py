@@ -434,11 +434,23 @@ def test_locked_run_directory_names_the_holder(make_run: MakeRun) -> None:
         "[]",
         '{"format": 2, "stages": 3, "digests": {}, "models": {}}',
         '{"format": 2, "stages": {"corpus": {}}, "digests": {}, "models": {}}',
+        '{"format": 2, "stages": {}, "digests": {}, "models": {"m": {"evaluations": {"x": 1}}}}',
+        '{"format": 2, "stages": {}, "digests": {}, "models": {"m": {"trained_by": [{}]}}}',
     ],
-    ids=["empty", "cut", "list", "no stages", "no outcome"],
+    ids=["empty", "cut", "list", "no stages", "no outcome", "evaluations", "engines"],
 )
 def test_damaged_manifest_is_one_error(trained: Run, make_run: MakeRun, content: str) -> None:
     (trained.directory / MANIFEST).write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match="is damaged; restore it"):
+        make_run()
+
+
+def test_pipes_in_a_run_directory_are_not_read(trained: Run, make_run: MakeRun) -> None:
+    trained.vocabulary.unlink()
+    os.mkfifo(trained.vocabulary)
+    assert make_run().vocab_size == trained.results("vocab")["vocab_size"]
+    (trained.directory / MANIFEST).unlink()
+    os.mkfifo(trained.directory / MANIFEST)
     with pytest.raises(UsageError, match="is damaged; restore it"):
         make_run()
 
