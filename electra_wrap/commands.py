@@ -47,8 +47,8 @@ def _command(
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
+    if not text.isdecimal() or not (number := int(text[:18])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return number
 
 

@@ -143,7 +143,7 @@ def write_checksums(checksums: Path, files: Iterable[Path]) -> None:
 def is_intact(checksums: Path, digest: Callable[[Path], str] = sha256) -> bool:
     """Whether the files match the checksums. False if there is no checksum file."""
     try:
-        lines = [line.split("  ", 1) for line in read_text(checksums).splitlines()]
+        lines = [line.split("  ", 1) for line in checksums.read_text("utf-8").splitlines()]
         named = {checksums.parent / name: expected for expected, name in lines}
         # Reading a device or a pipe would not end.
         return bool(named) and all(

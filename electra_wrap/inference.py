@@ -17,6 +17,7 @@ from typing import Any
 
 from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
+from electra_wrap.files import read_text
 from electra_wrap.profile import read_hf_config
 from electra_wrap.progress import log
 from electra_wrap.run import MANIFEST
@@ -52,7 +53,7 @@ def find_generator(discriminator: Path) -> Path:
 def _has_architecture(directory: Path, architecture: str) -> bool:
     # Any other file lacks the entry in one of these ways.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(directory / "config.json"))
         return architecture in config["architectures"]
     return False
 

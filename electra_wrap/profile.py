@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pydantic_core import PydanticCustomError
 
 from electra_wrap.errors import PASSWORD, UsageError
+from electra_wrap.files import read_text
 
 EngineName = Literal["native", "upstream"]
 ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
@@ -284,7 +285,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         "dtype",
     }
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(directory / "config.json"))
         config = {key: config[key] for key in keys if key in config}
         shape = Shape(*(int(config[field.name]) for field in dataclasses.fields(Shape)))
         parameters = shape.matrix_parameters + int(config["vocab_size"]) * shape.embedding_size

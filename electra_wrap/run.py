@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +95,8 @@ class Run:
     def vocab_size(self) -> int:
         """Number of tokens in vocab.txt; without a readable one, the number it last had."""
         try:
-            return len(files.read_text(self.vocabulary).removesuffix("\n").split("\n"))
+            text = self.vocabulary.read_text(encoding="utf-8")
+            return len(text.removesuffix("\n").split("\n"))
         except (FileNotFoundError, ValueError):
             return int(self.results("vocab").get("vocab_size", 0))
 
@@ -126,18 +127,16 @@ class Run:
     def digest(self, path: Path) -> str:
         """Return the SHA-256 of a file, or of a directory's sorted file names and digests.
 
-        FileNotFoundError if it does not exist; reading a pipe or a device would not end.
+        FileNotFoundError if it does not exist.
         """
         if path.is_dir():
             names = sorted(p for p in path.rglob("*") if p.is_file())
             lines = "".join(f"{self.digest(p)}  {p.relative_to(path)}\n" for p in names)
-            return hashlib.sha256(lines.encode()).hexdigest()
-        if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+            return hashlib.sha256(os.fsencode(lines)).hexdigest()
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns]
         cached = self.manifest["digests"].get(self._cache_key(path))
-        if isinstance(cached, list) and cached[:2] == state:
+        if cached and cached[:2] == state:
             return str(cached[2])
         digest = files.sha256(path)
         self.manifest["digests"][self._cache_key(path)] = [*state, digest]
@@ -157,15 +156,8 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold the run directory.
-
-        UsageError, naming the holder, if another process holds it; or if there is a symbolic link
-        in it, through which the run would write elsewhere.
-        """
+        """Hold the run directory. UsageError, naming the holder, if another process holds it."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        if link := next((p for p in self.directory.rglob("*") if p.is_symlink()), None):
-            fix = "replace it by what it points to, or link the whole run directory"
-            raise UsageError(f"{link} is a symbolic link in a run directory; {fix}")
         with files.lock(self.directory / ".lock", shared=shared):
             self.manifest = read_manifest(self.directory)  # another process may have run
             yield
@@ -203,25 +195,28 @@ class _Model(BaseModel, strict=True):
 
 class _Manifest(BaseModel, strict=True):
     stages: dict[str, _Record]
-    digests: dict[str, Any]
+    digests: dict[str, tuple[int, int, str]]
     models: dict[str, _Model]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return a run directory's manifest; an empty one if there is none.
 
-    UsageError if it is damaged or has another version's format.
+    UsageError if it is damaged or has another version's format, or if the run directory has links
+    or pipes.
     """
+    _refuse_special_files(directory)
     path = directory / MANIFEST
     empty: dict[str, Any] = {"format": FORMAT, "stages": {}, "digests": {}, "models": {}}
     try:
-        manifest = json.loads(files.read_text(path))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         if isinstance(manifest, dict) and manifest.get("format", 1) != FORMAT:
             raise UsageError(
                 f"{directory} was made by another version of electra_wrap; continue it with that "
                 "version, or choose another --run-dir"
             )
-        _Manifest.model_validate(manifest)
+        _Manifest.model_validate_json(text)
         return empty | {key: manifest[key] for key in ("stages", "digests", "models")}
     except (FileNotFoundError, NotADirectoryError):
         return empty
@@ -230,9 +225,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UsageError(message) from None
 
 
+def _refuse_special_files(directory: Path) -> None:
+    """Raise UsageError if something in a directory is neither a file nor a directory.
+
+    Through a link, a run would write elsewhere. Reading a pipe or a device may never end.
+    """
+    for place, directories, names in os.walk(directory):
+        for path in (Path(place, name) for name in directories + names):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                    problem = f"{path} is a link, a pipe or a device in a run directory"
+                    raise UsageError(f"{problem}; replace it, or link the whole run directory")
+
+
 def read_profile(directory: Path) -> Profile | None:
     """Return the profile that a run directory last ran with; None if there is none."""
     try:
-        return Profile.model_validate_json(files.read_text(directory / "profile.json"))
+        text = (directory / "profile.json").read_text(encoding="utf-8")
+        return Profile.model_validate_json(text)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
