@@ -36,9 +36,11 @@ from electra_wrap.errors import (
 
 #: Environment variables that a child gets: none that injects code or may hold a secret.
 _PASSED = {"PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "LD_LIBRARY_PATH"}
-_PASSED |= {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CC", "CXX"}
-_PASSED_PATTERN = re.compile("LC_|CUDA_|NVIDIA_|NCCL_|TF_(?!VAR_)")
-_SECRET_PATTERN = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
+_PASSED |= {"TOKENIZERS_PARALLELISM", "CC", "CXX"}
+_PASSED_PATTERN = re.compile(
+    "LC_|CUDA_|NVIDIA_|NCCL_|TF_(?!VAR_)|SLURM_|PYTORCH_|TORCH|TRITON_|GLOO_|UCX_|FI_|G?OMP_|MKL_"
+)
+_SECRET_PATTERN = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|JWT", re.IGNORECASE)
 
 #: For children that load local models: nothing is fetched from a hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -95,6 +97,9 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     }
     return {
         "TF_CPP_MIN_LOG_LEVEL": "1",
+        # Threads that wait for others spin this often, and then sleep. By default they spin for
+        # milliseconds, which takes the processor from any other process.
+        **({} if "OMP_WAIT_POLICY" in passed else {"GOMP_SPINCOUNT": "1000"}),
         **passed,
         "PYTHONPATH": str(paths.PACKAGE.parent),  # the patched scripts import electra_wrap
         "PYTHONNOUSERSITE": "1",
@@ -217,13 +222,15 @@ def call(
     *,
     log: Path | None = None,
     env: Mapping[str, str] = {},
+    python: str = sys.executable,
 ) -> Any:
-    """Call a function of a module that runs `serve`, in a process of its own.
+    """Call a function of a module that runs `serve`, in a process of its own, run by `python`.
 
     The child's stderr is appended to `log`. The error that the function raises is raised here; a
     child that dies otherwise is StageFailed.
     """
-    with contextlib.closing(call_each(module, function, [arguments], log=log, env=env)) as results:
+    results = call_each(module, function, [arguments], log=log, env=env, python=python)
+    with contextlib.closing(results):
         return next(results)
 
 
@@ -234,12 +241,13 @@ def call_each(
     *,
     log: Path | None = None,
     env: Mapping[str, str] = {},
+    python: str = sys.executable,
 ) -> Generator[Any, None, None]:
     """Yield `call`'s result for each job, all from one process. Jobs are read one by one."""
     with contextlib.ExitStack() as stack:
         stderr = stack.enter_context(log.open("a+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
         child = subprocess.Popen(
-            [sys.executable, "-s", "-m", module],
+            [python, "-s", "-m", module],
             env=child_environment(env),
             cwd="/",
             stdin=subprocess.PIPE,

@@ -495,6 +495,72 @@ def test_resumed_training_equals_uninterrupted_training(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+SLOW_SAVING = str(TESTS / "children" / "native_slow_saving.py")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    """What is written is the state at its step, and a kill leaves the checkpoint before."""
+    run = copy(uninterrupted[0], tmp_path / "run")
+    trainer = start(run, sys.executable, SLOW_SAVING, str(run.directory), "3")
+    assert trainer.stdout
+    output = ""
+    while '"step": 9,' not in output:
+        output += trainer.stdout.readline()
+    trainer.kill()
+    output += trainer.communicate()[0]
+    assert max(parse_steps(output.partition("saved")[0])) > 4
+    assert checkpoint_steps(run.model_dir) == [4]
+    shutil.rmtree(run.model_dir / "step-8.partial")
+    rest = finish(run)
+    assert {step: uninterrupted[1][step] for step in rest} == rest and min(rest) == 5
+
+
+def test_error_while_a_checkpoint_is_written_ends_training(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    run = copy(uninterrupted[0], tmp_path / "run")
+    trainer = start(run, sys.executable, SLOW_SAVING, str(run.directory), "-1")
+    output = trainer.communicate()[0]
+    failures = [e for e in map(events.parse, output.splitlines()) if isinstance(e, events.Failure)]
+    assert trainer.returncode == 1 and "No space left on device" in failures[0].message
+    assert checkpoint_steps(run.model_dir) == []
+
+
+def test_random_states_are_restored_or_the_loss_is_reported(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path
+) -> None:
+    run = copy(uninterrupted[0], tmp_path / "run")
+    former = checkpoint_path(uninterrupted[0].model_dir, 8)
+    checkpoint = checkpoint_path(run.model_dir, 8)
+    shutil.copytree(former, checkpoint)
+    (checkpoint / "random_states_0.pt").write_bytes(b"damaged")
+    trainer = start(run)
+    assert "random_states_0.pt cannot be read" in trainer.communicate()[0]
+    assert trainer.returncode == 1
+    (checkpoint / "random_states_0.pt").unlink()
+    trainer = start(run)
+    output = trainer.communicate()[0]
+    assert trainer.returncode == 0 and "random_states_0.pt is missing: the former" in output
+    assert parse_steps(output)[9] != uninterrupted[1][9]
+
+
+@pytest.mark.parametrize(
+    ("program", "header", "problem"),
+    [("cc", "Python.h", None), ("", "Python.h", "no C compiler"), ("clang", "", "Python.h is")],
+)
+def test_lack_of_a_compiler_or_of_headers_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, header: str, problem: str | None
+) -> None:
+    for name in filter(None, (program, header)):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(engine.sysconfig, "get_path", lambda name: str(tmp_path))
+    found = engine.find_compiler_problem()
+    assert found is None if problem is None else problem in str(found)
+
+
 def test_evaluation_does_not_change_training(
     uninterrupted: tuple[Run, Steps], tmp_path: Path
 ) -> None:
@@ -647,14 +713,21 @@ def test_model_files_are_readable_as_the_umask_allows(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_model_has_the_same_loss(uninterrupted: tuple[Run, Steps], tmp_path: Path) -> None:
-    """In one graph, as CUDA graphs need it, and in two processes."""
+    """In one graph, as CUDA graphs need it; in two processes, and nearly so in bfloat16."""
     found = []
-    for compiled, launcher in ((False, [sys.executable]), (True, TORCHRUN)):
-        run = copy(uninterrupted[0], tmp_path / str(compiled))
-        change_settings(run, compile=compiled, steps=3)
+    ways: list[tuple[list[str], dict[str, Any]]] = [
+        ([sys.executable], {"compile": False}),
+        (TORCHRUN, {"compile": True}),
+        ([sys.executable], {"compile": True, "precision": "bfloat16"}),
+    ]
+    for number, (launcher, settings) in enumerate(ways):
+        run = copy(uninterrupted[0], tmp_path / str(number))
+        change_settings(run, steps=3, **settings)
         found.append(finish(run, *launcher, NO_DROPOUT, str(run.directory)))
     for step, scalars in found[0].items():
         assert found[1][step] == pytest.approx(scalars, rel=1e-5)
+        loss, rounded = scalars["loss/total"], found[2][step]["loss/total"]
+        assert rounded == pytest.approx(loss, rel=0.01) and rounded != loss
 
 
 def test_store_returns_what_was_written(uninterrupted: tuple[Run, Steps]) -> None:

@@ -191,9 +191,23 @@ def test_event_survives_its_line() -> None:
 
 def test_child_gets_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = ["NVIDIA_API_KEY", "TF_API_KEY", "LC_TOKEN", "NCCL_SECRET", "CUDA_PASSWORD"]
-    secrets += ["NVIDIA_CREDENTIALS", "HF_TOKEN", "TF_TOKEN_host", "TF_VAR_x"]
+    secrets += ["NVIDIA_CREDENTIALS", "HF_TOKEN", "TF_TOKEN_host", "TF_VAR_x", "SLURM_JWT"]
     settings = ["NCCL_DEBUG", "TF_CPP_MIN_LOG_LEVEL", "LC_ALL", "TOKENIZERS_PARALLELISM"]
+    settings += ["SLURM_PROCID", "TORCH_LOGS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"]
+    settings += ["PYTORCH_ALLOC_CONF", "GLOO_SOCKET_IFNAME", "UCX_TLS", "FI_PROVIDER"]
     for name in secrets + settings:
         monkeypatch.setenv(name, "1")
     environment = subprocesses.child_environment({})
     assert not set(secrets) & set(environment) and set(settings) <= set(environment)
+
+
+def test_waiting_threads_sleep_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert subprocesses.child_environment({})["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert subprocesses.child_environment({})["GOMP_SPINCOUNT"] == "5"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    environment = subprocesses.child_environment({})
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in environment

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def precision(requested: str, devices: Sequence[str]) -> str:
     if requested == "auto":
         return "bfloat16" if devices else "float32"
     return requested
+
+
+def find_compiler_problem() -> str | None:
+    """Return what Triton lacks to compile for a GPU; None if it can."""
+    if not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "there is no C compiler; install gcc"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h is missing; install Python's development files, e.g. python3-dev"
+    return None
 
 
 def prepare(run: Run) -> None:

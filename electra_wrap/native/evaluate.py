@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from electra_wrap import events, metrics
 from electra_wrap.data import vocab
@@ -20,6 +21,9 @@ from electra_wrap.native.batches import Batches
 from electra_wrap.native.engine import EXAMPLES
 from electra_wrap.native.examples import Store
 from electra_wrap.run import Run
+
+#: The kernels of training. Without dropout, PyTorch would prefer cuDNN's, which round differently.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 #: TensorBoard's name of each loss.
 LOSSES = {
@@ -75,9 +79,10 @@ def evaluate(
     )
     accumulator = Accumulator(accelerator)
     network.eval()
-    for i in range(accelerator.process_index, number, accelerator.num_processes):
-        batch = setup.to_device(batches[i], accelerator.device)
-        accumulator.add(batch, network(batch))
+    with sdpa_kernel(ATTENTION):
+        for i in range(accelerator.process_index, number, accelerator.num_processes):
+            batch = setup.to_device(batches[i], accelerator.device)
+            accumulator.add(batch, network(batch))
     network.train()
     losses, scalars = accumulator.reduce(number)
     # As upstream: the total is a mean over batches, the others over masked tokens and examples.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from electra_wrap import subprocesses
 from electra_wrap.errors import EnvironmentProblem
 from electra_wrap.native import engine, model
 from electra_wrap.profile import NETWORKS, Profile, Train
+
+#: How long processes wait for each other. The first one writes checkpoints, which takes minutes for
+#: a large model on a slow network file system.
+TIMEOUT = datetime.timedelta(hours=2)
 
 
 def make_accelerator(settings: Train) -> Accelerator:
@@ -35,8 +39,10 @@ def make_accelerator(settings: Train) -> Accelerator:
         cpu=not gpu,
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         gradient_accumulation_steps=settings.micro_batches,
-        # The buffers are constants.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # they are constants
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )
 
 
@@ -45,14 +51,17 @@ def make_network(profile: Profile, vocab_size: int) -> model.Electra:
     return model.Electra({network: profile.hf_config(network, vocab_size) for network in NETWORKS})
 
 
-def compile_network(network: model.Electra, settings: Train, device: torch.device) -> None:
+def compile_network(network: model.Electra, settings: Train, accelerator: Accelerator) -> None:
     """Compile the networks into one graph, if the profile and the machine allow it."""
-    gpu = device.type == "cuda"
-    has_compiler = any(map(shutil.which, ("gcc", "clang", "cc")))  # Triton needs one, too
-    if settings.compile is True or (settings.compile == "auto" and gpu and has_compiler):
+    gpu = accelerator.device.type == "cuda"
+    problem = engine.find_compiler_problem() if settings.compile == "auto" and gpu else None
+    if problem:
+        print(f"warning: training is not compiled: {problem}")
+    if settings.compile is True or (settings.compile == "auto" and gpu and not problem):
         # With CUDA graphs, because launching a small model's kernels takes longer than they do.
-        # Gradients that are summed over micro-batches must not live in a graph's memory.
-        graphs = gpu and settings.micro_batches == 1
+        # Gradients that are summed over micro-batches must not live in a graph's memory. Under DDP,
+        # graphs have open defects (pytorch issues 113809 and 128218).
+        graphs = gpu and settings.micro_batches == 1 and accelerator.num_processes == 1
         mode = "reduce-overhead" if graphs else "default"
         network.compile(mode=mode, fullgraph=True, dynamic=False)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -30,12 +29,12 @@ from torch.utils.data import DataLoader
 from electra_wrap import events
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError, diverged
-from electra_wrap.native import exchange, model, setup
+from electra_wrap.native import model, setup
 from electra_wrap.native.batches import Batches
-from electra_wrap.native.checkpoints import checkpoint_path, checkpoint_steps, finish_checkpoint
 from electra_wrap.native.engine import EXAMPLES
 from electra_wrap.native.evaluate import Accumulator, evaluate
 from electra_wrap.native.examples import Store
+from electra_wrap.native.saving import Saver
 from electra_wrap.profile import Train
 from electra_wrap.run import Run
 
@@ -61,9 +60,10 @@ def train(directory: Path) -> bool:
     set_seed(settings.seed)
     network = setup.make_network(run.profile, len(tokens))
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
-    setup.compile_network(network, settings, accelerator.device)
+    setup.compile_network(network, settings, accelerator)
     prepared, adam = accelerator.prepare(network, model.optimizer(network, settings.weight_decay))
-    start = _resume(accelerator, network, adam, run.model_dir)
+    saver = Saver(accelerator, network, adam, run.model_dir)
+    start = saver.resume()
     batches = _batches(run, tokens, accelerator, start)
     parameters = list(network.parameters())
     evaluate_every = settings.evaluate_every or settings.steps
@@ -91,11 +91,14 @@ def train(directory: Path) -> bool:
         if step % settings.save_every == 0 or step == settings.steps or evaluating or stopping:
             # Gradients that are not finite have made weights that are not finite either.
             _check_finite(step, outputs["loss"].item(), norm.item())
-            _save(accelerator, run.model_dir, step, settings)
+            saver.save(step, settings)
+        if stopping or evaluating:
+            saver.wait()
         if stopping:
             return False
         if evaluating:
             evaluate(run, tokens, accelerator, network, step)
+    saver.wait()
     return True
 
 
@@ -110,18 +113,6 @@ def _count_parts(settings: Train, processes: int) -> int:
         divisor = f"{processes} processes × {settings.micro_batches} micro-batches"
         raise UsageError(f"{size} is not divisible by {divisor}; change one of them")
     return parts
-
-
-def _resume(accelerator: Accelerator, network: model.Electra, adam: Any, model_dir: Path) -> int:
-    """Load the latest checkpoint, if there is one. Return its step, or 0."""
-    start = max(checkpoint_steps(model_dir), default=0)
-    checkpoint = checkpoint_path(model_dir, start)
-    if start and exchange.is_exchanged(checkpoint):
-        exchange.load(checkpoint, network, adam.optimizer)
-    elif start:
-        accelerator.load_state(str(checkpoint))
-        accelerator.step = 0  # it counts micro-batches, whose number may have changed
-    return start
 
 
 def _batches(
@@ -188,7 +179,7 @@ def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
 def _peak_memory(device: torch.device) -> float:
     """Return the most memory that this process has used, in GB: on the GPU, or its own on a CPU."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated()) / 1e9
+        return float(torch.cuda.max_memory_reserved()) / 1e9  # with the pool of CUDA graphs
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -215,26 +206,6 @@ class StopRequest:
         if self._received:
             accelerator.set_trigger()
         return bool(accelerator.check_trigger())
-
-
-def _save(accelerator: Accelerator, model_dir: Path, step: int, settings: Train) -> None:
-    """Save a checkpoint, and remove all but the latest `keep`, if that is not 0.
-
-    The latest evaluated one stays: the parent process may not have copied it as the best yet.
-    """
-    temporary = model_dir / f"step-{step}.partial"
-    if accelerator.is_main_process:
-        temporary.mkdir()  # an error if the model's directory is gone, say with its file system
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish_checkpoint(temporary, model_dir, step)
-        evaluated = step - step % settings.evaluate_every if settings.evaluate_every else None
-        for old in checkpoint_steps(model_dir)[: -settings.keep if settings.keep else 0]:
-            if old != evaluated:
-                shutil.rmtree(checkpoint_path(model_dir, old))
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

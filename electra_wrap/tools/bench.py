@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def bench(
         problem = f"{steps} steps with {size} tokens are too few to measure"
         raise UsageError(f"{problem}; give at least {INTERVALS} and {MIN_VOCAB_SIZE}")
     results: list[Result] = []
+    os.environ["TORCHINDUCTOR_CUDAGRAPH_OR_ERROR"] = "1"  # else a skipped graph is a warning
     with tempfile.TemporaryDirectory(prefix="electra_wrap-bench-") as name:
         directory = Path(name)
         _write_text(directory, size, 4 * profile.train.batch_size * profile.model.max_seq_length)
