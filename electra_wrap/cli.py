@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from electra_wrap import __version__
+from electra_wrap import __version__, signals
 from electra_wrap.commands import COMMANDS, Arguments
 from electra_wrap.errors import (
     ElectraWrapError,
@@ -60,7 +60,7 @@ def _main(arguments: Arguments) -> None:
         _run_command(arguments)
     except ElectraWrapError as error:
         failure = error
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)  # the work is done, or was stopped
     if failure is None:
         return
@@ -79,7 +79,7 @@ def _run_command(arguments: Arguments) -> None:
     except ElectraWrapError:
         raise
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command resumes") from None
+        raise Interrupted(signals.MESSAGE) from None
     except BrokenPipeError:  # the reader, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from electra_wrap import profile
+from electra_wrap import profile, signals
 from electra_wrap import profiles as profile_files
 from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, UsageError
 from electra_wrap.run import MANIFEST, Run
@@ -83,6 +83,7 @@ def run(arguments: Arguments) -> None:
     from electra_wrap.progress import log, warn
 
     loaded = _load_run(arguments)
+    signals.raise_interrupts()
     if arguments.shard is not None:
         if arguments.dry_run or arguments.until or arguments.launch or arguments.verify:
             raise UsageError(
@@ -162,11 +163,23 @@ def corpus(arguments: Arguments) -> None:
         print(f"{key.replace('_', ' '):20} {value:>15{form}}")
 
 
-@_command("fetch, verify and patch google-research/electra", _UPSTREAM)
+@_command(
+    "fetch google-research/electra, and TensorFlow with CUDA to run its scripts on a GPU",
+    _UPSTREAM,
+    _argument(
+        "--device",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="cpu: without CUDA; gpu: with it; auto: with it if the NVIDIA driver lists a GPU",
+    ),
+)
 def vendor(arguments: Arguments) -> None:
-    from electra_wrap.upstream import checkout
+    from electra_wrap.upstream import checkout, environment
 
+    signals.raise_interrupts()
     print(checkout.ensure(arguments.upstream))
+    if arguments.device == "gpu" or (arguments.device == "auto" and environment.has_gpu()):
+        print(environment.ensure())
 
 
 #: Options of `convert` that a run directory answers itself.
@@ -192,6 +205,7 @@ def convert(arguments: Arguments) -> None:
     from electra_wrap.pipeline import convert as stage
     from electra_wrap.tools import convert as tool
 
+    signals.raise_interrupts()
     source, out, step = arguments.source[0], arguments.out.absolute(), arguments.step
     if len(arguments.source) != 1 + arguments.to_tf:
         raise UsageError("give one SOURCE, or with --to-tf two: DISCRIMINATOR GENERATOR")
@@ -237,6 +251,7 @@ def detect(arguments: Arguments) -> None:
     from electra_wrap.progress import log
     from electra_wrap.tools import detect as tool
 
+    signals.raise_interrupts()
     if arguments.text and arguments.file:
         raise UsageError("--file excludes TEXT; leave out one of them")
     if arguments.seed is not None and not arguments.replace:
@@ -274,6 +289,7 @@ def detect(arguments: Arguments) -> None:
 def bench(arguments: Arguments) -> None:
     from electra_wrap.tools import bench as tool
 
+    signals.raise_interrupts()
     loaded = profile_files.load(arguments.profile, arguments.set)
     engines = arguments.engine or profile.ENGINE_NAMES
     results = tool.bench(loaded, engines, arguments.steps, arguments.vocab_size)
@@ -316,6 +332,7 @@ def doctor(arguments: Arguments) -> None:
 def evaluate(arguments: Arguments) -> None:
     from electra_wrap.pipeline import evaluate as stage
 
+    signals.raise_interrupts()
     opened = Run.open(arguments.run_dir)
     opened.upstream = arguments.upstream
     metrics = stage.evaluate(opened, arguments.step)
@@ -335,6 +352,7 @@ def evaluate(arguments: Arguments) -> None:
 def tensorboard(arguments: Arguments) -> None:
     from electra_wrap.tools import tensorboard as tool
 
+    signals.raise_interrupts()
     tool.serve([path.absolute() for path in arguments.run_dirs], arguments.host, arguments.port)
 
 

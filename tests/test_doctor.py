@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from electra_wrap import profiles
+from electra_wrap import paths, profiles
 from electra_wrap.run import Run
 from electra_wrap.tools import doctor
 
@@ -29,6 +30,7 @@ def test_what_a_named_profile_lacks_is_missing(cli: Callable[..., Any], tmp_path
     assert all(name in done.stderr for name in missing) and "disk" not in done.stderr
     assert findings["GPUs, upstream engine"]["status"] == "warning"  # the profile does not use it
     assert "PyTorch's CUDA wheels" in findings["GPUs, native engine"]["fix"]
+    assert "vendor --device gpu" in findings["GPUs, upstream engine"]["fix"]
     assert all(findings[name]["status"] == "ok" for name in ("packages", "disk"))
     assert "GB free" in findings["disk"]["result"]
 
@@ -40,10 +42,14 @@ def test_without_a_named_profile_nothing_is_missing(
     overrides = ["tokenizer.source=hf://no/such", "corpus.source=nowhere.txt", "engine=upstream"]
     profile = profiles.load("spanish-demo", overrides)
     monkeypatch.setattr(doctor, "_hub", lambda run: "yes")
+    monkeypatch.setattr(paths, "vendor_directory", lambda: tmp_path)
     run = Run(profile, tmp_path / "run", upstream=str(tmp_path / "nothing"))
     findings = list(doctor.examine(run, named=False))
     statuses = {finding.name: finding.status for finding in findings}
+    results = {finding.name: finding.result for finding in findings}
     assert statuses["upstream"] in ("ok", "warning") and statuses["corpus"] == "warning"
+    version, _, python = results["upstream's TensorFlow"].partition(", with ")
+    assert version == importlib.metadata.version("tensorflow") and python == sys.executable
     assert "missing" not in statuses.values() and statuses["hub"] == "ok"
     doctor.show(findings)
     printed = capsys.readouterr().out

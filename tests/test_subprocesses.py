@@ -211,3 +211,33 @@ def test_waiting_threads_sleep_unless_the_user_decides(monkeypatch: pytest.Monke
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     environment = subprocesses.child_environment({})
     assert environment["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in environment
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_while_modules_are_imported_ends_the_command(number: signal.Signals) -> None:
+    """Although an import may swallow or convert a KeyboardInterrupt."""
+    script = f"""
+import importlib.abc, os, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "electra_wrap.cli":
+            try:
+                os.kill(os.getpid(), {number.value})
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["electra_wrap", "profiles"]
+from electra_wrap.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "electra_wrap: error: interrupted; the same command resumes\n"

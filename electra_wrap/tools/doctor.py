@@ -23,7 +23,7 @@ from electra_wrap.engine import Engine
 from electra_wrap.engines import ENGINES
 from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, from_os_error, printable
 from electra_wrap.run import Run
-from electra_wrap.upstream import checkout
+from electra_wrap.upstream import checkout, environment
 
 _COLORS = {"ok": "green", "missing": "bold red", "warning": "yellow"}
 
@@ -54,6 +54,7 @@ def examine(run: Run, *, named: bool) -> Iterator[Finding]:
         yield _check(f"GPUs, {name} engine", functools.partial(_gpus, engine), needed=needed)
     needed = named and profile.engine == "upstream"
     yield _check("upstream", lambda: checkout.look(run.upstream), needed=needed)
+    yield _check("upstream's TensorFlow", _tensorflow, needed=needed)
     if profile.tokenizer.source.startswith("hf://") and not run.vocabulary.is_file():
         yield _check("hub", lambda: _hub(run), needed=named)
     yield _check("corpus", lambda: _corpus(run), needed=named)
@@ -101,6 +102,10 @@ def _gpus(engine: Engine) -> str:
     if not gpus:
         raise EnvironmentProblem(engine.NO_GPU)
     return f"{len(gpus)} × {gpus[0]}"
+
+
+def _tensorflow() -> str:
+    return f"{environment.version()}, with {environment.python()}"
 
 
 def _hub(run: Run) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import warn
 from electra_wrap.run import Run
-from electra_wrap.upstream import checkout
+from electra_wrap.upstream import checkout, environment
 from electra_wrap.upstream.hparams import hparams
 
 NAME = "upstream"
 CREDIT = (
     "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
 )
-NO_GPU = "TensorFlow sees none; install CUDA (pip install -e '.[gpu]') and the NVIDIA driver"
+NO_GPU = "TensorFlow sees none; install the NVIDIA driver, and CUDA with `vendor --device gpu`"
 EXAMPLES = ("pretrain_tfrecords", "heldout_tfrecords")
 
 #: Text per record file. Upstream's 1000 files are for gigabytes of text; training mixes the files.
@@ -38,12 +37,19 @@ def versions(stage: str) -> dict[str, str]:
         return packages.versions("tensorflow", "safetensors")
     pin = checkout.Pin.read()
     pins = {"upstream": pin.commit, "patched upstream": pin.patched_tree}
-    return pins if stage == "examples" else packages.versions("tensorflow") | pins
+    return pins if stage == "examples" else {"tensorflow": environment.version()} | pins
 
 
 def devices() -> list[str]:
     """Return the names of the GPUs that TensorFlow sees."""
-    names: list[str] = subprocesses.call("electra_wrap.upstream.gpus", "names", {})
+    with environment.package_path() as path:
+        names: list[str] = subprocesses.call(
+            "electra_wrap.upstream.gpus",
+            "names",
+            {},
+            env={"PYTHONPATH": path},
+            python=environment.python(),
+        )
     return names
 
 
@@ -53,10 +59,15 @@ def precision(requested: str, devices: Sequence[str]) -> str:
 
 
 def prepare(run: Run) -> None:
-    """Fetch, verify and patch upstream. UsageError if the run has a launcher."""
+    """Fetch, verify and patch upstream, and install its environment if it can use a GPU.
+
+    UsageError if the run has a launcher.
+    """
     if run.launch:
         raise UsageError('--launch is for engine = "native"; leave it out, or set that engine')
     checkout.ensure(run.upstream)
+    if run.profile.train.device != "cpu" and environment.has_gpu():
+        environment.ensure()
 
 
 def build_examples(
@@ -200,8 +211,10 @@ def _run_script(
 ) -> None:
     """Run a script of a checkout that is verified before and after."""
     source = checkout.ensure(run.upstream)
-    argv = [sys.executable, "-s", str(source / name), *arguments]
-    subprocesses.follow(argv, cwd=source, env=env, log=log, on_event=on_event)
+    argv = [environment.python(), "-s", str(source / name), *arguments]
+    with environment.package_path() as path:
+        env = {**env, "PYTHONPATH": path}
+        subprocesses.follow(argv, cwd=source, env=env, log=log, on_event=on_event)
     checkout.ensure(run.upstream)
 
 
