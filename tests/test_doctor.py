@@ -42,6 +42,7 @@ def test_without_a_named_profile_nothing_is_missing(
     overrides = ["tokenizer.source=hf://no/such", "corpus.source=nowhere.txt", "engine=upstream"]
     profile = profiles.load("spanish-demo", overrides)
     monkeypatch.setattr(doctor, "_hub", lambda run: "yes")
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(paths, "vendor_directory", lambda: tmp_path)
     run = Run(profile, tmp_path / "run", upstream=str(tmp_path / "nothing"))
     findings = list(doctor.examine(run, named=False))
@@ -51,6 +52,7 @@ def test_without_a_named_profile_nothing_is_missing(
     version, _, python = results["upstream's TensorFlow"].partition(", with ")
     assert version == importlib.metadata.version("tensorflow") and python == sys.executable
     assert "missing" not in statuses.values() and statuses["hub"] == "ok"
+    assert statuses["compiler"] == "warning" and results["compiler"] == "there is no C compiler"
     doctor.show(findings)
     printed = capsys.readouterr().out
     assert "[1] × GPU" in printed and "→" in printed

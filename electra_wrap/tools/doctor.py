@@ -22,6 +22,7 @@ from electra_wrap.data import corpus, sources, vocab
 from electra_wrap.engine import Engine
 from electra_wrap.engines import ENGINES
 from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, from_os_error, printable
+from electra_wrap.native.engine import find_compiler_problem
 from electra_wrap.run import Run
 from electra_wrap.upstream import checkout, environment
 
@@ -52,6 +53,7 @@ def examine(run: Run, *, named: bool) -> Iterator[Finding]:
     for name, engine in ENGINES.items():
         needed = named and name == profile.engine and profile.train.device == "gpu"
         yield _check(f"GPUs, {name} engine", functools.partial(_gpus, engine), needed=needed)
+    yield _check("compiler", _compiler, needed=False)
     needed = named and profile.engine == "upstream"
     yield _check("upstream", lambda: checkout.look(run.upstream), needed=needed)
     yield _check("upstream's TensorFlow", _tensorflow, needed=needed)
@@ -102,6 +104,12 @@ def _gpus(engine: Engine) -> str:
     if not gpus:
         raise EnvironmentProblem(engine.NO_GPU)
     return f"{len(gpus)} × {gpus[0]}"
+
+
+def _compiler() -> str:
+    if problem := find_compiler_problem():
+        raise EnvironmentProblem(problem)
+    return "train.compile works on a GPU: a C compiler and Python.h are there"
 
 
 def _tensorflow() -> str:
