@@ -211,11 +211,17 @@ def _load_model(model_class: str, directory: str) -> Any:
     """
     import transformers
 
-    config = transformers.ElectraConfig(**read_hf_config(Path(directory)))
-    if Path(directory, "adapter_config.json").exists():
-        raise UsageError(f"{directory} is an adapter of another model; merge them")
-    options = {"config": config, "attn_implementation": "sdpa", "use_safetensors": True}
-    model, report = _load(model_class, directory, output_loading_info=True, **options)
+    with _loading(directory):
+        if Path(directory, "adapter_config.json").exists():
+            raise UsageError(f"{directory} is an adapter of another model; merge them")
+        model, report = getattr(transformers, model_class).from_pretrained(
+            directory,
+            config=transformers.ElectraConfig(**read_hf_config(Path(directory))),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if problems := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise UsageError(f"{directory} does not fit {model_class}: {problems}; convert it again")
     return model.eval()
@@ -223,20 +229,20 @@ def _load_model(model_class: str, directory: str) -> Any:
 
 @functools.cache
 def _load_tokenizer(directory: str) -> Any:
-    return _load("AutoTokenizer", directory)
-
-
-def _load(class_name: str, directory: str, **options: Any) -> Any:
-    """Load an object of transformers from untrusted files: no code, no pickle.
-
-    UsageError if it cannot be loaded.
-    """
     import transformers
 
-    load = getattr(transformers, class_name).from_pretrained
+    with _loading(directory):
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _loading(directory: str) -> Iterator[None]:
+    """Convert exceptions, of which each library has its own, to UsageError."""
     try:
-        return load(directory, trust_remote_code=False, **options)
-    except Exception as error:  # each library behind it has errors of its own
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{directory} cannot be loaded ({reason}); convert it again") from None
 

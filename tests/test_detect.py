@@ -170,6 +170,19 @@ def _many_tokens(model: Path, config: dict[str, Any]) -> None:
     config["vocab_size"] = 2**50
 
 
+def _no_heads(model: Path, config: dict[str, Any]) -> None:
+    config["num_attention_heads"] = 0
+
+
+def _odd_activation(model: Path, config: dict[str, Any]) -> None:
+    config["hidden_act"] = "os.system"
+
+
+def _odd_header(model: Path, config: dict[str, Any]) -> None:
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(bytes([255] * 8) + content[8:])
+
+
 def _no_size(model: Path, config: dict[str, Any]) -> None:
     config["hidden_size"] = None
 
@@ -183,6 +196,9 @@ def _no_size(model: Path, config: dict[str, Any]) -> None:
         (_many_layers, "has 300,000 layers and"),
         (_many_tokens, "parameters, but model.safetensors has"),
         (_no_size, "hidden_size"),
+        (_no_heads, "cannot be loaded"),
+        (_odd_activation, "cannot be loaded ('os.system"),
+        (_odd_header, "cannot be loaded"),
     ],
 )
 def test_model_of_another_form_is_refused(
