@@ -23,6 +23,7 @@ from urllib.parse import quote
 import fsspec
 from backports import zstd
 
+from electra_wrap.data import xz
 from electra_wrap.errors import EnvironmentProblem, UsageError
 from electra_wrap.progress import log
 
@@ -32,9 +33,6 @@ DATASET = "hf://datasets/"
 #: An environment variable in a URL, and several file systems in one URL as fsspec writes them.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _CHAIN = re.compile(r"^[\w+-]+::|::(/|[\w+-]+://)")
-
-#: Most bytes that .xz may take to decompress; `xz -9` takes 65 MiB. zstd's own limit is 128 MiB.
-MAX_XZ_MEMORY = 2**28
 
 #: What reading a truncated or corrupt file raises. For bz2 that is an OSError without errno.
 _READ_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zstd.ZstdError)
@@ -201,34 +199,11 @@ class _Counter(_Raw):
         return number
 
 
-class _Xz(_Raw):
-    """Decompresses .xz. Unlike lzma.open, it refuses what takes more than `MAX_XZ_MEMORY`."""
-
-    def __init__(self, stored: io.BufferedReader) -> None:
-        self._stored, self._decompressor = stored, lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
-
-    def readinto(self, buffer: Any) -> int:
-        text = b""
-        while not text:
-            data = self._decompressor.unused_data
-            if self._decompressor.eof:  # another stream may follow, after a padding of zeros
-                while not data.strip(b"\0"):
-                    if not (data := self._stored.read(2**16)):
-                        return 0
-                data = data.lstrip(b"\0")
-                self._decompressor = lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
-            elif self._decompressor.needs_input and not (data := self._stored.read(2**16)):
-                raise EOFError("the file ends before its end marker")
-            text = self._decompressor.decompress(data, len(buffer))
-        buffer[: len(text)] = text
-        return len(text)
-
-
 #: How to open compressed text. The formats mark their end, so that a truncated file is an error.
 _OPEN: dict[str, Any] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
-    ".xz": lambda stored: io.BufferedReader(_Xz(stored), 2**16),
+    ".xz": lambda stored: io.BufferedReader(xz.Reader(stored), 2**16),
     ".zst": zstd.open,
 }
 
