@@ -274,7 +274,7 @@ class _Remote(_Raw):
     def _open(self) -> None:
         """Open the file at the position. Over HTTP, open one block, so that no more is sent."""
         source = self._source
-        if "https" in source.filesystem.protocol:
+        if source.name.startswith(("http://", "https://")):
             file, version = self._request()
         else:
             file = source.filesystem.open(source.path, "rb")
