@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_without_a_named_profile_nothing_is_missing(
     overrides = ["tokenizer.source=hf://no/such", "corpus.source=nowhere.txt", "engine=upstream"]
     profile = profiles.load("spanish-demo", overrides)
     monkeypatch.setattr(doctor, "_hub", lambda run: "yes")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda program: None)
     monkeypatch.setattr(paths, "vendor_directory", lambda: tmp_path)
     run = Run(profile, tmp_path / "run", upstream=str(tmp_path / "nothing"))
     findings = list(doctor.examine(run, named=False))
