@@ -24,6 +24,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 def mask(text: str) -> str:
     """Replace what may be a secret in the URLs of a text by `***`."""
     masked = PASSWORD.sub(r"\1***@", text)
+    masked = re.sub(r"://(?!\$\{\w+\}@)[^/?#:@\n]{12,}@", "://***@", masked)  # of any protocol
     # A path that was made of a URL has one slash, and spaces need not be the URL's end.
     return re.sub(r"\w:/.*", lambda urls: _VALUE.sub(r"\1***", urls[0]), masked)
 

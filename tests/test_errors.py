@@ -19,6 +19,8 @@ from electra_wrap.errors import mask, printable
         ("HTTPS://hunter2@host:80/x", "HTTPS://***@host:80/x"),
         ("s3://id:hunter2@bucket/x", "s3://id:***@bucket/x"),
         ("abfs://container@account/x", "abfs://container@account/x"),
+        ("data://abcdefghijkl@account/x", "data://***@account/x"),
+        ("data://${SECRET_TOKEN_NAME}@account/x", "data://${SECRET_TOKEN_NAME}@account/x"),
         ("hf://datasets/ana/textos@main:a:b", "hf://datasets/ana/textos@main:a:b"),
         ("https://host:80/a@b", "https://host:80/a@b"),
         ("http://h/x?accessToken=abcdefghijkl&a=1", "http://h/x?accessToken=***&a=1"),
