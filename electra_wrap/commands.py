@@ -47,9 +47,9 @@ def _command(
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or not (number := int(text[:18])):
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
+    return int(text)
 
 
 def _step(text: str) -> int | str:

@@ -279,11 +279,8 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     Its other keys are left out: some have transformers fetch and run code. UsageError unless sizes
     are complete and model.safetensors has room for so many parameters.
     """
-    keys = hf_config("generator", Shape(1, 1, 1, 1, 1), 1).keys() - {
-        "architectures",
-        "model_type",
-        "dtype",
-    }
+    example = hf_config("generator", Shape(1, 1, 1, 1, 1), vocab_size=1)
+    keys = example.keys() - {"architectures", "model_type", "dtype"}
     try:
         config = json.loads(read_text(directory / "config.json"))
         config = {key: config[key] for key in keys if key in config}

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -230,12 +229,13 @@ def _refuse_special_files(directory: Path) -> None:
 
     Through a link, a run would write elsewhere. Reading a pipe or a device may never end.
     """
-    for place, directories, names in os.walk(directory):
-        for path in (Path(place, name) for name in directories + names):
-            with contextlib.suppress(FileNotFoundError):  # another process has removed it
-                if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-                    problem = f"{path} is a link, a pipe or a device in a run directory"
-                    raise UsageError(f"{problem}; replace it, or link the whole run directory")
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:  # it may not exist yet
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _refuse_special_files(Path(entry))
+            elif not entry.is_file(follow_symlinks=False):
+                problem = f"{entry.path} is a link, a pipe or a device in a run directory"
+                raise UsageError(f"{problem}; replace it, or link the whole run directory")
 
 
 def read_profile(directory: Path) -> Profile | None:

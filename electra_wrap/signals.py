@@ -8,6 +8,8 @@ import os
 import signal
 from typing import Any
 
+from electra_wrap.errors import Interrupted
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 MESSAGE = "interrupted; the same command resumes"
@@ -15,16 +17,16 @@ MESSAGE = "interrupted; the same command resumes"
 
 def _exit(number: int, frame: Any) -> None:
     os.write(2, f"electra_wrap: error: {MESSAGE}\n".encode())
-    os._exit(130)
+    os._exit(Interrupted.exit_code)
 
 
 def exit_at_once() -> None:
-    """Exit with one line, as long as a command only imports and reads."""
+    """Have signals end the process with one line. For a command that only imports and reads."""
     _handle(_exit)
 
 
 def raise_interrupts() -> None:
-    """Raise KeyboardInterrupt from now on. A command that writes calls this after its imports."""
+    """Have signals raise KeyboardInterrupt. For a command that writes, after its imports."""
     _handle(signal.default_int_handler)
 
 

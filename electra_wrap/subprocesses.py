@@ -33,6 +33,7 @@ from electra_wrap.errors import (
     StageFailed,
     from_os_error,
 )
+from electra_wrap.signals import MESSAGE, NUMBERS
 
 #: Environment variables that a child gets: none that injects code or may hold a secret.
 _PASSED = {"PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "LD_LIBRARY_PATH"}
@@ -95,11 +96,12 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _PASSED or (_PASSED_PATTERN.match(name) and not _SECRET_PATTERN.search(name))
     }
-    return {
-        "TF_CPP_MIN_LOG_LEVEL": "1",
+    if "OMP_WAIT_POLICY" not in passed:
         # Threads that wait for others spin this often, and then sleep. By default they spin for
         # milliseconds, which takes the processor from any other process.
-        **({} if "OMP_WAIT_POLICY" in passed else {"GOMP_SPINCOUNT": "1000"}),
+        passed.setdefault("GOMP_SPINCOUNT", "1000")
+    return {
+        "TF_CPP_MIN_LOG_LEVEL": "1",
         **passed,
         "PYTHONPATH": str(paths.PACKAGE.parent),  # the patched scripts import electra_wrap
         "PYTHONNOUSERSITE": "1",
@@ -162,7 +164,7 @@ def follow(
     tail = "\n".join(last_lines)
     disk_error = find_disk_error(failure.message if failure else tail) if code else None
     if (signals.count and disk_error is None) or code == INTERRUPTED:
-        raise Interrupted("interrupted; the same command resumes")
+        raise Interrupted(MESSAGE)
     if disk_error:
         raise disk_error
     if code and failure:
@@ -202,7 +204,7 @@ class _SignalForwarder:
 @contextlib.contextmanager
 def _forwarded_signals() -> Iterator[_SignalForwarder]:
     forwarder = _SignalForwarder()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    numbers = (*NUMBERS, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         if before[number] != signal.SIG_IGN:  # nohup ignores SIGHUP

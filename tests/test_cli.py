@@ -250,8 +250,17 @@ def test_paths_that_lead_in_a_circle_are_one_error(cli: Cli, tmp_path: Path) -> 
         assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_host_that_does_not_exist_is_one_error(cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["0", "x", "-1", "1" * 5000])
+def test_number_that_is_not_positive_is_one_error(cli: Cli, number: str) -> None:
+    done = cli("convert", "x", "--out", "y", f"--heads={number}")
+    assert done.returncode == 2 and "is not a positive number" in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--host", "999.9.9.9"), ("--port", "-5"), ("--port", "65536")])
+def test_host_or_port_that_does_not_exist_is_one_error(
+    cli: Cli, tmp_path: Path, option: tuple[str, str]
+) -> None:
     (tmp_path / "run" / "models").mkdir(parents=True)
-    done = cli("tensorboard", "run", "--host", "999.9.9.9")
-    assert done.returncode == 2 and "error: --host 999.9.9.9: " in done.stderr
+    done = cli("tensorboard", "run", *option)
+    assert done.returncode == 2 and f"error: {' '.join(option)}" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -522,11 +522,15 @@ def test_silent_damage_of_inputs_is_found_before_they_are_used(
 
 
 def test_verify_finds_silent_damage_where_nothing_has_to_be_done(
-    trained: Run, make_run: MakeRun
+    trained: Run, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     intact = trained.vocabulary.read_bytes()
     damage_silently(trained.vocabulary)
     assert execute(make_run(), until="train") == 0
+    execute(make_run("train.steps=6"), until="train", dry_run=True)
+    assert "would do: vocab" not in stderr_of(capsys), "a plan alone does not read gigabytes"
+    execute(make_run(), until="train", dry_run=True, verify=True)
+    assert "would do: vocab" in stderr_of(capsys)
     assert execute(make_run(), until="train", verify=True) == 1
     assert trained.vocabulary.read_bytes() == intact
     assert execute(make_run(), until="train", verify=True) == 0

@@ -51,6 +51,17 @@ def start(tmp_path: Path, script: str) -> subprocess.Popen[str]:
     )
 
 
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code that can import electra_wrap."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 WAITS = """
 import signal, sys, time
 def stop(number, frame):
@@ -114,13 +125,7 @@ finally:
     os.kill(os.getpid(), signal.SIGHUP)
     os.kill(os.getpid(), signal.SIGINT)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(script)
     assert (done.returncode, done.stderr.strip()) == (code, printed)
 
 
@@ -232,12 +237,6 @@ sys.argv = ["electra_wrap", "profiles"]
 from electra_wrap.__main__ import main
 main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(script)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "electra_wrap: error: interrupted; the same command resumes\n"

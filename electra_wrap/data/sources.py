@@ -54,6 +54,10 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A file, a data set of a hub, or a path in one of fsspec's file systems.
@@ -108,7 +112,7 @@ def _find_filesystem(url: str) -> Source:
     # A shorter value is no secret, and would be found everywhere.
     values = {os.environ[name]: f"${{{name}}}" for name in names if len(os.environ[name]) > 3}
     options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
+    if _is_http(url):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
@@ -228,11 +232,15 @@ class _Remote(_Raw):
 
     def __init__(self, source: Source, retry: bool) -> None:
         self._source, self._pauses = source, PAUSES if retry else ()
-        self._position, self._block, self.size = 0, FIRST_BLOCK, 0
+        self._position, self._block = 0, FIRST_BLOCK
         self._end = math.inf  # where the open file ends, if it is a block of a larger one
         self._version: dict[str, Any] = {}
         self._file: Any = None
         self._read_with_retries(0)  # the size is known from now on
+
+    @property
+    def size(self) -> int:
+        return int(self._version.get("size", 0))
 
     def readinto(self, buffer: Any) -> int:
         data = self._read_with_retries(len(buffer))
@@ -274,7 +282,7 @@ class _Remote(_Raw):
     def _open(self) -> None:
         """Open the file at the position. Over HTTP, open one block, so that no more is sent."""
         source = self._source
-        if source.name.startswith(("http://", "https://")):
+        if _is_http(source.name):
             file, version = self._request()
         else:
             file = source.filesystem.open(source.path, "rb")
@@ -284,7 +292,6 @@ class _Remote(_Raw):
         if any(self._version[key] != version[key] for key in self._version.keys() & version.keys()):
             raise UsageError(f"{source.name} changed while it was read; run again to start over")
         self._file, self._version = file, self._version | version
-        self.size = self._version.get("size", 0)
 
     def _request(self) -> tuple[Any, dict[str, Any]]:
         """Request a block; return it, and what identifies the version of the whole file."""
@@ -313,11 +320,8 @@ class _Remote(_Raw):
             if self._position < size:
                 raise OSError("the server refuses to send the rest")
         else:  # the server does not support ranges and sends the whole file
-            size, self._end, skip = (
-                int(headers.get("Content-Length") or 0),
-                math.inf,
-                self._position,
-            )
+            size, self._end = int(headers.get("Content-Length") or 0), math.inf
+            skip = self._position
             while skip and (data := file.read(min(skip, 2**16))):
                 skip -= len(data)
             if skip:

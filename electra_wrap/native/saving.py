@@ -46,22 +46,23 @@ class Saver:
         if not start:
             return 0
         exchange.restore(checkpoint, self._network, self._adam)
-        path = self._random_states(checkpoint)
-        if exchange.is_exchanged(checkpoint):
-            return start
+        if not exchange.is_exchanged(checkpoint):
+            self._restore_random_states(self._random_states(checkpoint))
+        return start
+
+    def _restore_random_states(self, path: Path) -> None:
         if not path.is_file():
             message = f"{path.name} is missing: the former training had fewer processes or another"
             print(f"{message} version of electra_wrap; dropout starts with new random states")
-            return start
+            return
         try:
             states = torch.load(path, weights_only=True)
             torch.set_rng_state(states["cpu"])
             if "gpu" in states and self._accelerator.device.type == "cuda":
                 torch.cuda.set_rng_state(states["gpu"])
         except Exception as error:  # what torch.load raises is not documented
-            message = f"{path} cannot be read ({error}); move {checkpoint} away and run again"
-            raise UsageError(message) from None
-        return start
+            fix = f"move {path.parent} away and run again"
+            raise UsageError(f"{path} cannot be read ({error}); {fix}") from None
 
     def save(self, step: int, settings: Train) -> None:
         """Save a checkpoint, and remove all but the latest `keep`, if that is not 0.

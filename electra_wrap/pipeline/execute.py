@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from electra_wrap import files
 from electra_wrap.engines import choose_devices, engine_of
 from electra_wrap.errors import Interrupted
-from electra_wrap.pipeline.plan import Step, plan, select
+from electra_wrap.pipeline.plan import plan, select
 from electra_wrap.pipeline.stage import Stage, Values, describe_change, stale_reason
 from electra_wrap.pipeline.stages import STAGES
 from electra_wrap.progress import format_duration, log
@@ -24,20 +23,24 @@ def execute(
 ) -> int:
     """Do what has to be done up to the stage `until`; return how many stages that were.
 
-    Whether anything has to be done is decided by sizes and modification times. Before anything is
-    done, or to `verify`, all outputs are read and compared with their checksums.
+    Sizes and modification times decide whether there is anything to do. Before something is done,
+    or to `verify`, all outputs are read and compared with their checksums.
     """
     started = time.monotonic()
     selected = select(run, STAGES, until)
     if dry_run:
-        steps = _plan(run, selected, verify)
+        if verify:
+            run.forget_digests(run.directory)
+        steps = plan(run, selected)
         for step in steps:
             log(f"would do: {step.stage.name} ({step.reason})")
         if not steps:
             log(UP_TO_DATE)
         return 0
     with run.lock():
-        steps = _plan(run, selected, verify)
+        if verify or plan(run, selected):
+            run.forget_digests(run.directory)
+        steps = plan(run, selected)
         for step in steps:
             log(f"to do: {step.stage.name} ({step.reason})")
         planned = {step.stage.name for step in steps}
@@ -60,13 +63,6 @@ def execute(
     took = format_duration(time.monotonic() - started)
     log(f"{done} of {len(selected)} stages done, {took}" if done else f"{UP_TO_DATE}, {took}")
     return done
-
-
-def _plan(run: Run, stages: Sequence[Stage], verify: bool) -> list[Step]:
-    if not verify and not plan(run, stages):
-        return []
-    run.forget_digests(run.directory)
-    return plan(run, stages)
 
 
 def _execute_stage(run: Run, stage: Stage) -> None:

@@ -24,8 +24,10 @@ def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
         if not (directory / "models").is_dir():
             raise UsageError(f"{directory} has not trained yet; first `run`")
 
+    if port is not None and not 0 <= port < 2**16:
+        raise UsageError(f"--port {port} does not exist; choose one below 65,536")
     try:
-        socket.getaddrinfo(host, port)
+        socket.getaddrinfo(host, None)
     except OSError as error:
         raise UsageError(
             f"--host {host}: {error.strerror}; give an address of this machine"
