@@ -18,7 +18,7 @@ from electra_wrap.errors import EnvironmentProblem, Interrupted, UsageError
 def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
     """Serve run directories until a signal; without `port`, at the first free one from 6006.
 
-    UsageError if one holds no model.
+    UsageError if one holds no model, or if there is no such host or port.
     """
     for directory in directories:
         if not (directory / "models").is_dir():
