@@ -166,15 +166,15 @@ class Shell:
         output = ""
         try:
             if command.startswith("tensorboard"):
-                assert child.stderr is not None
-                while "http://" not in output and (line := child.stderr.readline()):
+                assert child.stdout is not None
+                while "http://" not in output and (line := child.stdout.readline()):
                     output += line
                 os.killpg(child.pid, signal.SIGTERM)
             stdout, stderr = child.communicate(timeout=TIMEOUT)
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
-        return subprocess.CompletedProcess(command, child.returncode, stdout, output + stderr)
+        return subprocess.CompletedProcess(command, child.returncode, output + stdout, stderr)
 
 
 def run_reduced(shell: Shell, page: Path) -> None:
@@ -192,8 +192,7 @@ def run_reduced(shell: Shell, page: Path) -> None:
             vocabulary = shell.directory / "runs" / "spanish-small" / "vocab.txt"
             shutil.copy(vocabulary, shell.directory / "electra_small")
         done = shell.run(command, REDUCED.get(command, ""))
-        expected = 130 if command.startswith("tensorboard") else 0
-        assert done.returncode == expected, f"{command}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tensorboard import program
 
 import electra_wrap.monitor.scalars  # noqa: F401 - keeps TensorBoard from importing TensorFlow
-from electra_wrap.errors import EnvironmentProblem, Interrupted, UsageError
+from electra_wrap.errors import EnvironmentProblem, UsageError
 
 
 def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
@@ -33,22 +33,19 @@ def serve(directories: Sequence[Path], host: str, port: int | None) -> None:
             f"--host {host}: {error.strerror}; give an address of this machine"
         ) from None
 
-    def create_server(app: Any, flags: Any) -> Any:
-        try:
-            return program.create_port_scanning_werkzeug_server(app, flags)
-        except program.TensorBoardServerException as error:
-            message = " ".join(error.msg.split())
-            raise EnvironmentProblem(f"{message}; choose another --port or --host") from None
-
     names = [directory.name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(directory).strip("/").replace("/", " ") for directory in directories]
     with tempfile.TemporaryDirectory(prefix="electra_wrap-tensorboard-") as tree:
         for name, directory in zip(names, directories, strict=True):
             Path(tree, name).symlink_to(directory / "models")
-        tensorboard = program.TensorBoard(server_class=create_server)
+        tensorboard = program.TensorBoard()
         tensorboard.configure(logdir=tree, host=host, port=port, load_fast="false")
         try:
-            tensorboard.main()
-        except KeyboardInterrupt:
-            sys.exit(Interrupted.exit_code)
+            url = tensorboard.launch()  # main() has its own signal handler, which writes to stderr
+        except program.TensorBoardServerException as error:
+            message = " ".join(error.msg.split())
+            raise EnvironmentProblem(f"{message}; choose another --port or --host") from None
+        with contextlib.suppress(KeyboardInterrupt):
+            print(f"TensorBoard at {url} (Ctrl+C to stop)", flush=True)
+            threading.Event().wait()
