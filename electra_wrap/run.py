@@ -189,6 +189,7 @@ class _Segment(BaseModel, strict=True):
 
 class _Model(BaseModel, strict=True):
     trained_by: list[_Segment] = []
+    precision: str | None = None
     evaluations: dict[EngineName, dict[Step, dict[str, float]]] = {}
 
 

@@ -74,6 +74,7 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> Run:
         f"model.embedding_size={SHAPE['embedding']}",
         "train.warmup_steps=8",
         "train.learning_rate=0.01",
+        FLOAT32,
         steps=START + STEPS,
     )
     values = test_weights.variables(**SHAPE, vocabulary=len(tokens))
@@ -195,12 +196,23 @@ def test_twenty_steps_equal_upstreams_graph(upstream: Path, continued: Run, tmp_
         assert_as_recorded(continued, theirs, steps["sampled"])
 
 
-def test_twenty_steps_equal_the_recorded_ones(continued: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_twenty_steps_equal_the_recorded_ones(
+    continued: Run, tmp_path: Path, precision: str
+) -> None:
     """The same without upstream. `ELECTRA_WRAP_RECORD=1 tox -e upstream` records them again."""
     ignored = shutil.ignore_patterns(f"step-{START + STEPS}")
     shutil.copytree(continued.directory, tmp_path / "run", ignore=ignored)
-    values = train_native(Run(continued.profile, tmp_path / "run"), tmp_path)
-    assert_as_recorded(continued, values, np.load(tmp_path / "steps.npz")["sampled"])
+    run = Run(continued.profile, tmp_path / "run")
+    change_settings(run, precision=precision)
+    values = train_native(run, tmp_path)
+    sampled = np.load(tmp_path / "steps.npz")["sampled"]
+    if precision == "float32":
+        assert_as_recorded(continued, values, sampled)
+    else:
+        found = summary(continued, values, sampled)
+        assert np.array(found["losses"]) == pytest.approx(np.array(EXPECTED["losses"]), rel=0.03)
+        assert found["losses"] != EXPECTED["losses"]
 
 
 @pytest.mark.parametrize("text", ["many documents", "no document boundary", "odd"])
@@ -406,6 +418,18 @@ def test_samples_have_the_generators_distribution(parts: Any) -> None:
     assert parts["ends"][3] == 1298
 
 
+def test_dropout_is_independent_and_has_its_rate(parts: Any) -> None:
+    """Of 2**20 values: within five standard deviations, which are 0.0003 and 0.001."""
+    found = parts["dropout"]
+    rate = 6554 / 65536
+    assert found["rates"] == pytest.approx([rate] * 4, abs=0.0015)
+    assert len(set(found["rates"])) == 4
+    assert found["kept"] == pytest.approx([0, 1 / (1 - rate)], rel=1e-6)
+    assert found["bfloat16"] == [pytest.approx(rate, abs=0.0015), pytest.approx(1.109375)]
+    assert np.abs(found["correlations"]).max() < 0.005
+    assert found["restored"], "a checkpoint has the state of PyTorch's generator"
+
+
 #: Scalars by step.
 Steps = dict[int, dict[str, float]]
 
@@ -453,7 +477,14 @@ def change_settings(run: Run, **train: Any) -> None:
 
 NO_DROPOUT = str(TESTS / "children" / "native_no_dropout.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TWELVE = ("train.save_every=4", "train.keep=0", "train.batch_size=8", "model.num_hidden_layers=1")
+FLOAT32 = 'train.precision="float32"'
+TWELVE = (
+    FLOAT32,
+    "train.save_every=4",
+    "train.keep=0",
+    "train.batch_size=8",
+    "model.num_hidden_layers=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -468,11 +499,23 @@ def copy(run: Run, directory: Path) -> Run:
     return Run(run.profile, directory)
 
 
+@pytest.fixture(scope="module")
+def in_bfloat16(
+    uninterrupted: tuple[Run, Steps], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, Steps]:
+    run = copy(uninterrupted[0], tmp_path_factory.mktemp("bfloat16") / "run")
+    change_settings(run, precision="bfloat16")
+    run = Run.open(run.directory)
+    return run, finish(run)
+
+
+@pytest.mark.parametrize("precision", ["uninterrupted", "in_bfloat16"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_resumed_training_equals_uninterrupted_training(
-    uninterrupted: tuple[Run, Steps], tmp_path: Path, number: signal.Signals
+    request: pytest.FixtureRequest, tmp_path: Path, number: signal.Signals, precision: str
 ) -> None:
     """Bit for bit, with dropout: SIGKILL loses the steps since a checkpoint, SIGTERM saves one."""
+    uninterrupted: tuple[Run, Steps] = request.getfixturevalue(precision)
     run = copy(uninterrupted[0], tmp_path / "run")
     trainer = start(run)
     assert trainer.stdout

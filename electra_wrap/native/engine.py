@@ -33,6 +33,9 @@ CREDIT = "electra_wrap's native engine, equal to google-research/electra's objec
 NO_GPU = "PyTorch sees none; install the NVIDIA driver and PyTorch's CUDA wheels"
 EXAMPLES = ("examples", "heldout_examples")
 
+#: A CPU that has one of these multiplies bfloat16 faster than float32.
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
 _PACKAGES = {
     "examples": ("tokenizers", "numpy"),
     "train": ("torch", "transformers", "accelerate"),
@@ -51,10 +54,21 @@ def devices() -> list[str]:
 
 
 def precision(requested: str, devices: Sequence[str]) -> str:
-    """Return the precision of matrix products: "auto" is bfloat16 on a GPU, float32 on a CPU."""
+    """Return the precision of matrix products.
+
+    "auto" is bfloat16 on a GPU and on a CPU with instructions for it, float32 on any other CPU.
+    """
     if requested == "auto":
-        return "bfloat16" if devices else "float32"
+        return "bfloat16" if devices or _cpu_multiplies_bfloat16() else "float32"
     return requested
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8").split()
+    except OSError:  # not Linux
+        return False
+    return not BFLOAT16_FLAGS.isdisjoint(flags)
 
 
 def find_compiler_problem() -> str | None:

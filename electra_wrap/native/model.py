@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
+from electra_wrap.native.encoder import compute_type, encode
 from electra_wrap.profile import Network, Train
 
 GENERATOR_WEIGHT, DISCRIMINATOR_WEIGHT = 1.0, 50.0
 
-#: Most logits in memory at once: 128 MB on a CPU. On a GPU, one large product is faster.
-MAX_LOGITS = {"cpu": 2**25, "cuda": 2**30}
+#: Most logits in memory at once: 128 to 256 MB on a CPU. On a GPU, one large product is faster.
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**30}
+
+#: Logits whose softmax is computed at once. On a CPU they fit into its cache.
+MAX_CACHED = {"cpu": 2**22, "cuda": 2**30}
+
+#: The vocabulary is padded to a multiple of this, because odd matrices are slow.
+ALIGNMENT = 64
 
 #: Tokens whose probabilities are added up together on the way to a sample.
 BLOCK = 512
@@ -80,9 +87,8 @@ class Electra(nn.Module):
         columns = torch.arange(ids.shape[1], device=ids.device)
         inside = columns < batch["sizes"][:, None]
         segments = (inside & (columns >= batch["first_segment_lengths"][:, None])).long()
-        attended = inside[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
 
-        hidden = self.generator.electra(batch["masked"], attended, segments).last_hidden_state
+        hidden = encode(self.generator.electra, batch["masked"], segments, inside)
         chosen = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))
         labels = ids.gather(1, positions)
         generator_loss, sampled, masked_losses, correct = masked_lm(
@@ -96,7 +102,7 @@ class Electra(nn.Module):
         sampled = sampled.view_as(positions)
 
         corrupted, replaced = corrupt(ids, positions, sampled)
-        hidden = self.discriminator.electra(corrupted, attended, segments).last_hidden_state
+        hidden = encode(self.discriminator.electra, corrupted, segments, inside)
         logits = self.discriminator.discriminator_predictions(hidden).float()
         losses = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
         discriminator_loss = (losses * inside).sum() / (batch["tokens"] + 1e-6)
@@ -141,10 +147,8 @@ def masked_lm(
     for each token of the vocabulary instead of one. Products have autocast's type, the rest is
     float32.
     """
-    kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    compute = torch.get_autocast_dtype(kind) if autocast else torch.float32
-    with torch.autocast(kind, enabled=False):
+    compute = compute_type(hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
         outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _MaskedLM.apply(
             hidden.float(), embeddings, bias, labels, weights, draws, compute
         )
@@ -168,36 +172,44 @@ class _MaskedLM(torch.autograd.Function):
         draws: Tensor,
         compute: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        table = embeddings.to(compute)
+        vocab_size = len(embeddings)
+        padding = -vocab_size % ALIGNMENT
+        table = F.pad(embeddings.to(compute), (0, 0, 0, padding))
+        bias = F.pad(bias, (0, padding), value=-torch.inf)
         d_hidden, d_table = torch.empty_like(hidden), torch.zeros_like(table)
         d_bias = torch.zeros_like(bias)
         loss, losses = hidden.new_zeros(()), torch.empty_like(weights)
         sampled, correct = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
-        vocab_size = len(embeddings)
-        rows = min(len(hidden), max(1, MAX_LOGITS[hidden.device.type] // vocab_size))
-        products = table.new_empty(rows, vocab_size)
+        kind = hidden.device.type
+        rows = min(len(hidden), max(1, MAX_LOGITS[kind] // len(table)))
+        cached_rows = max(1, MAX_CACHED[kind] // len(table))
+        products = table.new_empty(rows, len(table))
         for i in range(0, len(hidden), rows):
-            chunk = slice(i, i + rows)
-            inputs = hidden[chunk].to(compute)
-            label, weight = labels[chunk, None], weights[chunk, None]
-            logits = torch.mm(inputs, table.T, out=products[: len(inputs)]).float().add_(bias)
-            top = logits.amax(1, keepdim=True)
-            label_logits = logits.gather(1, label)
-            powers = logits.sub_(top).exp_()
-            total, sampled[chunk] = _sum_and_sample(powers, draws[chunk, None])
-            cross_entropies = total.log() + top - label_logits
-            loss += (weight * cross_entropies).sum()
-            losses[chunk] = cross_entropies.squeeze(1)
-            correct[chunk] = (label_logits == top).squeeze(1)
-            if torch.compiler.is_compiling():  # a scatter would write the matrix in float32 first
-                is_label = torch.arange(vocab_size, device=table.device) == label
-                gradient = powers * (weight / total) - torch.where(is_label, weight, 0.0)
-            else:
-                gradient = powers.mul_(weight / total).scatter_add_(1, label, -weight)
-            d_bias += gradient.sum(0)
-            gradient = gradient.to(compute)
-            d_hidden[chunk] = gradient @ table
-            d_table.addmm_(gradient.T, inputs)
+            inputs = hidden[i : i + rows].to(compute)
+            gradients = torch.mm(inputs, table.T, out=products[: len(inputs)])
+            for j in range(0, len(inputs), cached_rows):
+                chunk = slice(i + j, min(i + j + cached_rows, i + len(inputs)))
+                within = slice(j, j + cached_rows)
+                label, weight = labels[chunk, None], weights[chunk, None]
+                logits = gradients[within].float().add_(bias)
+                top = logits.amax(1, keepdim=True)
+                label_logits = logits.gather(1, label)
+                powers = logits.sub_(top).exp_()
+                total, sampled[chunk] = _sum_and_sample(powers[:, :vocab_size], draws[chunk, None])
+                cross_entropies = total.log() + top - label_logits
+                loss += (weight * cross_entropies).sum()
+                losses[chunk] = cross_entropies.squeeze(1)
+                correct[chunk] = (label_logits == top).squeeze(1)
+                if torch.compiler.is_compiling():  # a scatter would write a float32 matrix first
+                    is_label = torch.arange(len(table), device=table.device) == label
+                    gradient = powers * (weight / total) - torch.where(is_label, weight, 0.0)
+                else:
+                    gradient = powers.mul_(weight / total).scatter_add_(1, label, -weight)
+                d_bias += gradient.sum(0)
+                gradients[within] = gradient
+            d_hidden[i : i + rows] = gradients @ table
+            d_table.addmm_(gradients.T, inputs)
+        d_table, d_bias = d_table[:vocab_size], d_bias[:vocab_size]
         ctx.save_for_backward(d_hidden, d_table, d_bias)
         ctx.mark_non_differentiable(sampled, losses, correct)
         return loss, sampled, losses, correct

@@ -103,6 +103,7 @@ def _execute(run: Run) -> Values:
     started = time.monotonic()
     evaluation.discard_after(run, start)
     _record_engine(run, start)
+    precision = _record_precision(run, start, devices)
     _evaluate_start(run, start)
     with TrainingMonitor(run, start) as monitor:
         try:
@@ -118,7 +119,7 @@ def _execute(run: Run) -> Values:
     return {
         "engine": run.profile.engine,
         "device": devices or "cpu",
-        "precision": engine_of(run).precision(settings.precision, devices),
+        "precision": precision,
         "from_step": start,
         "step": last.step,
         "final_loss": None if math.isnan(monitor.loss) else monitor.loss,
@@ -185,6 +186,17 @@ def _record_engine(run: Run, start: int) -> None:
     elif start < steps:
         segments.append({"engine": name, "from_step": start, "to_step": steps})
     run.model["trained_by"] = segments
+
+
+def _record_precision(run: Run, start: int, devices: list[str]) -> str:
+    """Record and return the precision of training, and log if it was another one before."""
+    precision = engine_of(run).precision(run.profile.train.precision, devices)
+    former = run.model.get("precision")
+    if start and former not in (None, precision):
+        log(f"train: continues in {precision}; the steps before were in {former}")
+    run.model["precision"] = precision
+    run.save()
+    return precision
 
 
 def _evaluate_start(run: Run, start: int) -> None:
