@@ -58,8 +58,11 @@ def _attend(attention: Any, hidden: Tensor, padding: Tensor) -> Tensor:
     query, key, value = heads.permute(2, 0, 3, 1, 4).contiguous()
     dropout = attention.dropout
     if dropout.training and _is_slow(hidden):  # PyTorch's attention would draw a mask slowly, too
-        scores = (query * attention.scaling) @ key.transpose(2, 3) + padding
-        attended = _dropout(scores.softmax(3), dropout) @ value
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        padding = padding.expand(-1, attention.num_attention_heads, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(padding, query, key.transpose(1, 2), alpha=attention.scaling)
+        attended = torch.bmm(_dropout(scores.softmax(2), dropout), value)
+        attended = attended.unflatten(0, (n, -1))
     else:
         rate = dropout.p if dropout.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, padding, rate)
@@ -68,8 +71,8 @@ def _attend(attention: Any, hidden: Tensor, padding: Tensor) -> Tensor:
 
 def _add_and_normalize(output: Any, hidden: Tensor, residual: Tensor) -> Tensor:
     """Return a layer's output: projection, dropout, residual connection and LayerNorm."""
-    hidden = _dropout(output.dense(hidden), output.dropout)
-    return output.LayerNorm(hidden + residual).to(residual.dtype)
+    hidden = _dropout(output.dense(hidden), output.dropout, residual)
+    return output.LayerNorm(hidden).to(residual.dtype)
 
 
 def _is_slow(hidden: Tensor) -> bool:
@@ -77,20 +80,21 @@ def _is_slow(hidden: Tensor) -> bool:
     return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _dropout(hidden: Tensor, dropout: nn.Dropout) -> Tensor:
+def _dropout(hidden: Tensor, dropout: nn.Dropout, residual: Tensor | None = None) -> Tensor:
+    """Return `hidden` after dropout, added to `residual`, if it is given."""
     if dropout.training and _is_slow(hidden):
-        return FastDropout.apply(hidden, dropout.p)
-    return dropout(hidden)
+        return FastDropout.apply(hidden, dropout.p, residual)
+    return dropout(hidden) if residual is None else dropout(hidden) + residual
 
 
 class FastDropout(torch.autograd.Function):
-    """Dropout with a mask of 16 random bits a value, from PyTorch's generator.
+    """Dropout with a mask of 16 random bits a value from PyTorch's generator, added to a residual.
 
     The rate is a multiple of 2**-16: 0.1 becomes 6554 / 65536.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rate: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rate: float, residual: Tensor | None) -> Tensor:
         dropped = round(rate * 2**16)
         words = torch.empty((hidden.numel() + 3) // 4, dtype=torch.int64)
         bits = words.random_(-(2**63), None).view(torch.int16)[: hidden.numel()]
@@ -98,9 +102,12 @@ class FastDropout(torch.autograd.Function):
         torch.ge(bits.view(hidden.shape), dropped - 2**15, out=mask)
         ctx.save_for_backward(mask)
         ctx.scale = 2**16 / (2**16 - dropped)
-        return (hidden * mask).mul_(ctx.scale)
+        if residual is None:
+            residual = hidden.new_zeros(())
+        return torch.addcmul(residual, hidden, mask, value=ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (mask,) = ctx.saved_tensors
-        return (gradient * mask).mul_(ctx.scale), None
+        of_hidden = torch.addcmul(gradient.new_zeros(()), gradient, mask, value=ctx.scale)
+        return of_hidden, None, gradient if ctx.needs_input_grad[2] else None

@@ -41,14 +41,14 @@ size = 2**20 + 3
 dropped = []
 for _ in range(4):
     ones = torch.ones(size, requires_grad=True)
-    output = encoder.FastDropout.apply(ones, 0.1)
+    output = encoder.FastDropout.apply(ones, 0.1, None)
     output.sum().backward()
     assert ones.grad is not None and torch.equal(ones.grad, output.detach())
     dropped.append(output.detach() == 0)
-rounded = encoder.FastDropout.apply(torch.ones(size, dtype=torch.bfloat16), 0.1)
+rounded = encoder.FastDropout.apply(torch.ones(size, dtype=torch.bfloat16), 0.1, None)
 masks = torch.stack(dropped).double()
 state = torch.get_rng_state()
-first = encoder.FastDropout.apply(torch.ones(99), 0.1)
+first = encoder.FastDropout.apply(torch.ones(99), 0.1, None)
 torch.set_rng_state(state)
 
 settings = Train(learning_rate=1.0, steps=10, warmup_steps=4)
@@ -73,7 +73,7 @@ answer = {
             for m in masks
             for i in (1, 2, 3, 4)
         ],
-        "restored": torch.equal(first, encoder.FastDropout.apply(torch.ones(99), 0.1)),
+        "restored": torch.equal(first, encoder.FastDropout.apply(torch.ones(99), 0.1, None)),
     },
     "rates": [model.learning_rate(step, settings) for step in range(11)],
 }
