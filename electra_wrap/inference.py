@@ -126,13 +126,17 @@ def replace(model_dir: str, texts: list[str], seed: int) -> list[dict[str, Any]]
     return results
 
 
-def check(directory: str, texts: list[str]) -> dict[str, Any]:
-    """Load both models under `directory`, and return what `detect` and `replace` return.
+def check(directory: str, texts: list[str], sentences: list[str], seed: int) -> dict[str, Any]:
+    """Load both models under `directory`, and return what `detect` and `replace` return for texts.
 
-    UsageError if a model has missing, unexpected or mismatched weights, or values are not finite.
+    `sentences` are replaced with another seed, for the report. UsageError if a model has missing,
+    unexpected or mismatched weights, or values are not finite.
     """
-    detected = detect(f"{directory}/discriminator", texts)
-    return {"detected": detected, "corrupted": replace(directory, texts, seed=0)}
+    return {
+        "detected": detect(f"{directory}/discriminator", texts),
+        "corrupted": replace(directory, texts, seed=0),
+        "sentences": replace(directory, sentences, seed=seed) if sentences else [],
+    }
 
 
 def _encode(model: str, texts: list[str]) -> tuple[list[list[int]], list[int | None]]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from electra_wrap import files
 from electra_wrap.errors import UsageError
+from electra_wrap.events import Evaluation
 from electra_wrap.profile import EngineName, Profile
 
 MANIFEST = "manifest.json"
@@ -46,6 +47,8 @@ class Run:
         self.upstream = upstream
         self.launch = launch
         self.manifest = read_manifest(self.directory)
+        #: The evaluation with which training ended, until the stage `evaluate` takes it over.
+        self.last_evaluation: Evaluation | None = None
 
     @classmethod
     def open(cls, directory: Path) -> Run:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import io
-import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from matplotlib.ticker import EngFormatter
 from electra_wrap import __version__
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import ENGINES, find_checkpoint
-from electra_wrap.errors import ElectraWrapError, UsageError, mask
+from electra_wrap.errors import UsageError, mask
 from electra_wrap.files import write_text
-from electra_wrap.inference import infer
 from electra_wrap.metrics import UPSTREAM
 from electra_wrap.monitor import evaluation, scalars, training
 from electra_wrap.monitor.templates import render
 from electra_wrap.profile import toml
-from electra_wrap.progress import format_duration, warn
+from electra_wrap.progress import format_duration
 from electra_wrap.run import Run
 
 #: Colors that color-blind people can tell apart (Okabe and Ito, 2008).
@@ -50,8 +48,6 @@ FIGURES = (
 #: Points in a curve. More cannot be seen, and a long training would make a page of megabytes.
 POINTS = 100
 
-#: Held-out lines that are shown with the models' output: their number, and their length.
-SENTENCES, SENTENCE_LENGTHS = 2, range(50, 110)
 
 #: Identifies a report, which may be overwritten.
 GENERATOR = '<meta name="generator" content="electra_wrap'
@@ -161,29 +157,19 @@ def _describe(run: Run, name: str, curves: Curves) -> dict[str, Any]:
         "last": next(reversed(evaluation.evaluations(run).values()), {}),
         "hours": training.total_hours(run),
         "tokens_per_second": None if speeds is None else float(np.median(speeds[:, 1])),
-        "sentences": _read_sentences(run, checkpoint),
+        "sentences": _sentences(run, checkpoint),
     }
 
 
-def _held_out_lines(run: Run) -> Iterator[str]:
-    for path in sorted(run.held_out.glob("*")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from map(str.strip, file)
-
-
-def _read_sentences(run: Run, checkpoint: Checkpoint | None) -> list[dict[str, Any]]:
-    """Return held-out sentences with the output of both networks.
+def _sentences(run: Run, checkpoint: Checkpoint | None) -> list[dict[str, Any]]:
+    """Return held-out sentences with the output of both networks, as the stage `check` got it.
 
     Empty if the exported models are not those of the latest checkpoint.
     """
-    exported = run.results("convert")
+    exported, checked = run.results("convert"), run.record("check")
     latest = (checkpoint.step if checkpoint else None, run.profile.model_name)
     if (exported.get("step"), exported.get("model_name")) != latest:
         return []
-    texts = (line for line in _held_out_lines(run) if len(line) in SENTENCE_LENGTHS)
-    job = {"model_dir": str(run.exported), "seed": run.profile.train.seed}
-    try:
-        return list(infer("replace", job, itertools.islice(texts, SENTENCES)))
-    except ElectraWrapError as error:
-        warn(f"the report has no example sentences: {error}")
+    if checked.get("outcome") != "done" or checked["inputs"] != {"hf": run.digest(run.exported)}:
         return []
+    return list(checked["results"].get("sentences", []))

@@ -52,6 +52,7 @@ class TrainingMonitor:
         """Take an event. StageFailed if the training does not learn."""
         if isinstance(event, Evaluation):
             evaluation.record(self._run, self._run.profile.engine, event)
+            self._run.last_evaluation = event
             self._last_step = None  # the time of an evaluation does not count as that of a step
         elif isinstance(event, Step):
             self.loss = event.scalars["loss/total"]

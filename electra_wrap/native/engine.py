@@ -23,6 +23,7 @@ from electra_wrap.native.checkpoints import (
     CHECKSUMS,
     checkpoint_path,
     checkpoint_steps,
+    export_weights,
     finish_checkpoint,
 )
 from electra_wrap.profile import NETWORKS
@@ -32,6 +33,9 @@ NAME = "native"
 CREDIT = "electra_wrap's native engine, equal to google-research/electra's objective and optimizer"
 NO_GPU = "PyTorch sees none; install the NVIDIA driver and PyTorch's CUDA wheels"
 EXAMPLES = ("examples", "heldout_examples")
+
+#: Devices of the drivers of GPUs: NVIDIA's, Windows's in its Linux, AMD's.
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 #: A CPU that has one of these multiplies bfloat16 faster than float32.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -54,6 +58,8 @@ def versions(stage: str) -> dict[str, str]:
 
 def devices() -> list[str]:
     """Return the names of the GPUs that PyTorch sees."""
+    if not any(map(os.path.exists, GPU_DRIVERS)):
+        return []  # PyTorch would take seconds to say so
     return list(subprocesses.call("electra_wrap.native.devices", "list_gpus", {}))
 
 
@@ -182,9 +188,14 @@ def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = Fal
     With `optimizer`, Adam's slots are written beside each model.
     """
     configs = {network: run.profile.hf_config(network, run.vocab_size) for network in NETWORKS}
-    job: dict[str, Any] = {"checkpoint": str(_path(checkpoint)), "configs": configs}
-    job |= {"out": str(out), "optimizer": optimizer}
-    subprocesses.call("electra_wrap.native.exchange", "export", job, log=run.log_file("convert"))
+    path = _path(checkpoint)
+    if optimizer:
+        job = {"checkpoint": str(path), "configs": configs, "out": str(out)}
+        subprocesses.call(
+            "electra_wrap.native.exchange", "export", job, log=run.log_file("convert")
+        )
+    else:
+        export_weights(path, out)
     for network, config in configs.items():
         files.write_json(out / network / "config.json", config)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, load_model, save_file
 
 from electra_wrap import subprocesses, weights
 from electra_wrap.native import model
+from electra_wrap.native.checkpoints import is_exchanged
 from electra_wrap.profile import NETWORKS, Network
 
 #: PyTorch's name of each of Adam's slots.
@@ -26,11 +27,6 @@ def _parameters(network: model.Electra) -> Iterator[tuple[Network, dict[str, tor
     for name in NETWORKS:
         # The word embeddings, which a network has twice, come under their first name only.
         yield name, dict(getattr(network, name).named_parameters())
-
-
-def is_exchanged(checkpoint: Path) -> bool:
-    """Whether a checkpoint has this format: another engine wrote it."""
-    return (checkpoint / "discriminator").is_dir()
 
 
 @torch.no_grad()
@@ -73,12 +69,10 @@ def save(out: Path, network: model.Electra, adam: torch.optim.Optimizer | None) 
             save_file(tensors, out / name / f"{file}.safetensors", {"format": "pt"})
 
 
-def export(
-    checkpoint: str, configs: dict[Network, dict[str, Any]], out: str, optimizer: bool
-) -> None:
+def export(checkpoint: str, configs: dict[Network, dict[str, Any]], out: str) -> None:
     """Write a checkpoint, of networks with these config.json contents, to the directory `out`."""
     network = model.Electra(configs)
-    adam = model.optimizer(network, weight_decay=0.0) if optimizer else None
+    adam = model.optimizer(network, weight_decay=0.0)
     restore(Path(checkpoint), network, adam)
     save(Path(out), network, adam)
 

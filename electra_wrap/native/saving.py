@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 
 from electra_wrap.errors import UsageError
 from electra_wrap.native import exchange, model
-from electra_wrap.native.checkpoints import checkpoint_path, checkpoint_steps, finish_checkpoint
+from electra_wrap.native.checkpoints import (
+    checkpoint_path,
+    checkpoint_steps,
+    finish_checkpoint,
+    is_exchanged,
+)
 from electra_wrap.profile import Train
 
 
@@ -46,7 +51,7 @@ class Saver:
         if not start:
             return 0
         exchange.restore(checkpoint, self._network, self._adam)
-        if not exchange.is_exchanged(checkpoint):
+        if not is_exchanged(checkpoint):
             self._restore_random_states(self._random_states(checkpoint))
         return start
 

@@ -49,7 +49,7 @@ def train(directory: Path) -> bool:
     """Train the run's model from its latest checkpoint to the last step.
 
     Return False if a signal ended the training before. Every `log_every` steps, the scalars of that
-    step's batch are reported, and every `evaluate_every` steps before the last, an evaluation.
+    step's batch are reported, and every `evaluate_every` steps and after the last, an evaluation.
     """
     run = Run.open(directory)
     settings, tokens = run.profile.train, vocab.read(run.vocabulary)
@@ -87,8 +87,8 @@ def train(directory: Path) -> bool:
         if accumulator:
             _report(accelerator, accumulator, step, adam, norm.item())
         stopping = stop.is_requested(accelerator, step)
-        evaluating = step < settings.steps and step % evaluate_every == 0
-        if step % settings.save_every == 0 or step == settings.steps or evaluating or stopping:
+        evaluating = step % evaluate_every == 0 or step == settings.steps
+        if step % settings.save_every == 0 or evaluating or stopping:
             # Gradients that are not finite have made weights that are not finite either.
             _check_finite(step, outputs["loss"].item(), norm.item())
             saver.save(step, settings)

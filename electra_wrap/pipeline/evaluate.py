@@ -30,7 +30,14 @@ def _execute(run: Run) -> Values:
         # A model without metrics is still a model.
         warn(f"the model is not evaluated: {_problem(run)}")
         return {}
+    event, run.last_evaluation = run.last_evaluation, None
+    if event and event.step == checkpoint.step:  # the native engine evaluates as it ends
+        return _metrics(event)
     return evaluate_checkpoint(run, checkpoint)
+
+
+def _metrics(event: Evaluation) -> Values:
+    return {"step": event.step, "examples": event.examples, **event.scalars}
 
 
 def _problem(run: Run) -> str:
@@ -51,7 +58,7 @@ def evaluate_checkpoint(run: Run, checkpoint: Checkpoint) -> Values:
     def record(event: Event) -> None:
         if isinstance(event, Evaluation):
             evaluation.record(run, checkpoint.engine, event)
-            metrics.update(step=event.step, examples=event.examples, **event.scalars)
+            metrics.update(_metrics(event))
 
     ENGINES[checkpoint.engine].evaluate(run, checkpoint, devices, record)
     return metrics
