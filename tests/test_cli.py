@@ -33,6 +33,7 @@ HEAVY = {
         "inference.py",
         "native/devices.py",
         "native/evaluate.py",
+        "native/encoder.py",
         "native/exchange.py",
         "native/model.py",
         "native/saving.py",
