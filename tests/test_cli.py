@@ -40,7 +40,7 @@ HEAVY = {
         "native/setup.py",
         "native/train.py",
     },
-    "transformers": {"inference.py", "native/model.py"},
+    "transformers": {"inference.py", "native/encoder.py", "native/model.py"},
     "accelerate": {"native/evaluate.py", "native/saving.py", "native/setup.py", "native/train.py"},
     "datasets": {"data/sources.py"},
 }
