@@ -60,7 +60,9 @@ def _attend(attention: Any, hidden: Tensor, padding: Tensor) -> Tensor:
     if dropout.training and _is_slow(hidden):  # PyTorch's attention would draw a mask slowly, too
         query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
         padding = padding.expand(-1, attention.num_attention_heads, -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(padding, query, key.transpose(1, 2), alpha=attention.scaling)
+        scores = torch.baddbmm(
+            padding, query, key.transpose(1, 2), alpha=attention.attention_head_size**-0.5
+        )
         attended = torch.bmm(_dropout(scores.softmax(2), dropout), value)
         attended = attended.unflatten(0, (n, -1))
     else:
