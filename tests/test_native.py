@@ -621,6 +621,18 @@ def test_evaluation_does_not_change_training(
     assert parse_evaluation(two_processes) == pytest.approx(evaluation, rel=1e-5)
 
 
+def test_other_precision_is_logged(
+    uninterrupted: tuple[Run, Steps], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy(uninterrupted[0], tmp_path / "run")
+    for steps, precision in ((2, "bfloat16"), (3, "float32"), (4, "auto")):
+        change_settings(run, steps=steps, precision=precision)
+        execute(Run.open(run.directory), until="train")
+    output = "".join(capsys.readouterr())
+    assert output.count("continues in") == 1
+    assert "continues in float32; the steps before were in bfloat16" in output
+
+
 def test_training_goes_on_without_held_out_examples(
     uninterrupted: tuple[Run, Steps], tmp_path: Path
 ) -> None:
