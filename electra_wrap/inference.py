@@ -127,10 +127,10 @@ def replace(model_dir: str, texts: list[str], seed: int) -> list[dict[str, Any]]
 
 
 def check(directory: str, texts: list[str], sentences: list[str], seed: int) -> dict[str, Any]:
-    """Load both models under `directory`, and return what `detect` and `replace` return for texts.
+    """Load both models under `directory`; return what `detect` and `replace` return for `texts`.
 
-    `sentences` are replaced with another seed, for the report. UsageError if a model has missing,
-    unexpected or mismatched weights, or values are not finite.
+    Also what `replace` returns for `sentences` with `seed`, which the report shows. UsageError if a
+    model has missing, unexpected or mismatched weights, or values are not finite.
     """
     return {
         "detected": detect(f"{directory}/discriminator", texts),

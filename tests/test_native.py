@@ -517,18 +517,20 @@ def test_resumed_training_equals_uninterrupted_training(
     """Bit for bit, with dropout: SIGKILL loses the steps since a checkpoint, SIGTERM saves one."""
     uninterrupted: tuple[Run, Steps] = request.getfixturevalue(precision)
     run = copy(uninterrupted[0], tmp_path / "run")
+    change_settings(run, save_every=2)
     trainer = start(run)
     assert trainer.stdout
     output = ""
-    while '"step": 9,' not in output:  # the checkpoint of step 4 was written before that of 8
+    while '"step": 7,' not in output:  # saving step 6 waited until step 4 was written
         output += trainer.stdout.readline()
     trainer.send_signal(number)
     output += trainer.communicate()[0]
     stopped = number == signal.SIGTERM
     assert trainer.returncode == (subprocesses.INTERRUPTED if stopped else -number)
     saved = checkpoint_steps(run.model_dir)[-1]
-    assert saved == max(parse_steps(output)) if stopped else saved in (4, 8)
-    shutil.rmtree(run.model_dir / "step-8.partial", ignore_errors=True)
+    assert saved == max(parse_steps(output)) if stopped else saved >= 4
+    for partial in run.model_dir.glob("*.partial"):
+        shutil.rmtree(partial)
     rest = finish(run)
     assert min(rest) == saved + 1
     assert parse_steps(output) | rest == uninterrupted[1] and len(uninterrupted[1]) == 12

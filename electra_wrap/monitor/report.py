@@ -48,7 +48,6 @@ FIGURES = (
 #: Points in a curve. More cannot be seen, and a long training would make a page of megabytes.
 POINTS = 100
 
-
 #: Identifies a report, which may be overwritten.
 GENERATOR = '<meta name="generator" content="electra_wrap'
 

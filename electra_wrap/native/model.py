@@ -27,7 +27,7 @@ MAX_LOGITS = {"cpu": 2**26, "cuda": 2**30}
 #: Logits whose softmax is computed at once. On a CPU they fit into its cache.
 MAX_CACHED = {"cpu": 2**22, "cuda": 2**30}
 
-#: The vocabulary is padded to a multiple of this, because odd matrices are slow.
+#: The vocabulary is padded to a multiple of this, because products with odd sizes are slow.
 ALIGNMENT = 64
 
 #: Tokens whose probabilities are added up together on the way to a sample.
