@@ -2,8 +2,8 @@
 
     python tests/measure_gpu.py --out DIR [--wheels DIR] [--parts abcde] [--cpu]
 
-Nothing is installed or downloaded, and TensorFlow is not needed. On an H100, these parts take less
-than 20 minutes:
+Nothing is installed or downloaded, and TensorFlow is not needed. On an H100, the parts take about
+20 minutes, most of them in compiling:
 
     a  20 steps without dropout: compiled against not compiled, bfloat16 against float32
     b  train, evaluate, SIGKILL and resume, compared with an undisturbed training
@@ -199,7 +199,7 @@ def compare_precisions(options: Options) -> Iterator[Row]:
         yield Row(f"loss, {name}", list(found[name].values()))
         if compiled:
             largest = difference(found[name], found[precision])
-            limit = 0.005 if precision == "float32" else 0.05
+            limit = 0.005 if precision == "float32" else 0.1
             yield Row(f"largest difference, {name} from {precision}", largest, limit)
     largest = difference(found["bfloat16"], found["float32"])
     yield Row("largest difference, bfloat16 from float32", largest, 0.1)
@@ -359,13 +359,13 @@ PARTS: dict[str, tuple[Part, int]] = {
     "examples": (build_examples, 60),
     "a. precision and compilation": (compare_precisions, 330),
     "b. SIGKILL and resume": (resume, 300),
-    "c. bench of small, 30,522 words": (lambda o: bench(o, "spanish-small", 30_522), 120),
-    "c. bench of small, 119,547 words": (lambda o: bench(o, "spanish-small", 119_547), 180),
+    "c. bench of small, 30,522 words": (lambda o: bench(o, "spanish-small", 30_522), 240),
+    "c. bench of small, 119,547 words": (lambda o: bench(o, "spanish-small", 119_547), 240),
     "c. bench of base at 128 tokens": (
         lambda o: bench(o, "spanish-base", 30_522, "model.max_seq_length=128"),
-        180,
+        300,
     ),
-    "d. profile of small": (profile_steps, 120),
+    "d. profile of small": (profile_steps, 240),
     "e. two processes": (two_processes, 120),
 }
 CONTEXT = multiprocessing.get_context("fork")
