@@ -29,7 +29,10 @@ NETWORKS: tuple[Network, Network] = ("discriminator", "generator")
 SIZES = {"small": (256, 12), "base": (768, 12), "large": (1024, 24)}
 
 #: Rows of the position embeddings, whatever the training length (BertConfig's default in the pin).
-MAX_POSITIONS = 512
+POSITIONS = 512
+
+#: Most rows of the position embeddings.
+MAX_POSITIONS = 4096
 
 #: Files that a run keeps open at once, one for each shard, are limited by the system.
 MAX_SHARDS = 1000
@@ -117,19 +120,38 @@ class Tokenizer(_Section):
                     yield key, 'it needs a trained vocabulary; remove it, or set source = "train"'
 
 
-class Model(_Section):
-    """The sizes of both networks."""
+class TwoModels(_Section):
+    """Models of transformers: directories, or hf://OWNER/NAME[@REVISION]."""
 
+    discriminator: str
+    generator: str
+
+
+class Model(_Section):
+    """The sizes of both networks, and the weights that a training starts from."""
+
+    init_from: str | TwoModels | None = None
+    init_optimizer: bool = False
     size: Literal["small", "base", "large"] = "small"
     max_seq_length: Annotated[int, Field(ge=8, le=MAX_POSITIONS)] = 128
+    max_position_embeddings: Annotated[int, Field(ge=8, le=MAX_POSITIONS)] = POSITIONS
     hidden_size: Size | None = None
     num_hidden_layers: Layers | None = None
     embedding_size: Size | None = None
+    num_attention_heads: Size | None = None
+    intermediate_size: Size | None = None
     generator_hidden_size: Fraction = 0.25
     generator_layers: Fraction = 1.0
+    generator_num_attention_heads: Size | None = None
+    generator_intermediate_size: Size | None = None
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.init_optimizer and not self.init_from:
+            yield "init_optimizer", "there is no model.init_from; name the run to start from"
+        if self.max_seq_length > self.max_position_embeddings:
+            positions = f"model.max_position_embeddings = {self.max_position_embeddings}"
+            yield "max_seq_length", f"it is larger than {positions}; change one of them"
         if self.max_predictions_per_seq < 1:
             yield "mask_prob", f"it masks no token of {self.max_seq_length}; choose a larger one"
         for network, key in zip(NETWORKS, ("hidden_size", "generator_hidden_size"), strict=True):
@@ -151,15 +173,20 @@ class Model(_Section):
         hidden, layers = SIZES[self.size]
         hidden, layers = self.hidden_size or hidden, self.num_hidden_layers or layers
         embedding = self.embedding_size or (128 if self.size == "small" else hidden)
+        heads, intermediate = self.num_attention_heads, self.intermediate_size
         if network == "generator":
             hidden = round(hidden * self.generator_hidden_size)
             layers = round(layers * self.generator_layers)
+            heads, intermediate = (
+                self.generator_num_attention_heads,
+                self.generator_intermediate_size,
+            )
         return Shape(
             embedding_size=embedding,
             hidden_size=hidden,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, hidden // 64),
-            intermediate_size=4 * hidden,
+            num_attention_heads=heads or max(1, hidden // 64),
+            intermediate_size=intermediate or 4 * hidden,
         )
 
 
@@ -176,7 +203,7 @@ class Shape:
     @property
     def matrix_parameters(self) -> int:
         """Weights of the layers' matrices and of the embedding projection, without biases."""
-        layer = 12 * self.hidden_size**2  # four of attention, and two of 4 x hidden size
+        layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
         return self.num_hidden_layers * layer + self.embedding_size * self.hidden_size
 
 
@@ -221,17 +248,23 @@ class Profile(_Section):
         if self.train.evaluate_every and not self.corpus.held_out:
             yield "train.evaluate_every", "no text is held out; set corpus.held_out, e.g. 0.005"
         if self.engine == "upstream":
+            generator, train = self.model.shape("generator"), self.train
+            size = generator.hidden_size
+            heads, intermediate = generator.num_attention_heads, generator.intermediate_size
             unsupported = {
-                "micro_batches": self.train.micro_batches != 1,
-                "precision": self.train.precision == "bfloat16",
-                "compile": self.train.compile is True,
+                "model.generator_num_attention_heads": heads != max(1, size // 64),
+                "model.generator_intermediate_size": intermediate != 4 * size,
+                "train.micro_batches": train.micro_batches != 1,
+                "train.precision": train.precision == "bfloat16",
+                "train.compile": train.compile is True,
             }
             for key in (key for key, is_set in unsupported.items() if is_set):
-                yield f"train.{key}", 'upstream does not support it; set engine = "native"'
+                yield key, 'upstream does not support it; set engine = "native"'
 
     def hf_config(self, network: Network, vocab_size: int) -> dict[str, Any]:
         """Return transformers' config.json of one network."""
-        return hf_config(network, self.model.shape(network), vocab_size)
+        shape, positions = self.model.shape(network), self.model.max_position_embeddings
+        return hf_config(network, shape, vocab_size, positions)
 
     def flat(self) -> dict[str, Any]:
         """Return all values by dotted key."""
@@ -246,10 +279,13 @@ class Profile(_Section):
     def parameters(self, network: Network, vocab_size: int) -> int:
         """Return about how many parameters a network has; biases, under 1%, are left out."""
         shape = self.model.shape(network)
-        return shape.matrix_parameters + shape.embedding_size * (vocab_size + MAX_POSITIONS)
+        rows = vocab_size + self.model.max_position_embeddings
+        return shape.matrix_parameters + shape.embedding_size * rows
 
 
-def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]:
+def hf_config(
+    network: Network, shape: Shape, vocab_size: int, positions: int = POSITIONS
+) -> dict[str, Any]:
     """Return transformers' config.json of a network of this shape.
 
     Dropout, activation and the other constants are those of upstream's BertConfig.
@@ -263,7 +299,7 @@ def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
-        "max_position_embeddings": MAX_POSITIONS,
+        "max_position_embeddings": positions,
         "type_vocab_size": 2,
         "initializer_range": 0.02,
         "layer_norm_eps": 1e-12,
@@ -273,19 +309,28 @@ def hf_config(network: Network, shape: Shape, vocab_size: int) -> dict[str, Any]
     }
 
 
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """Return an ELECTRA's sizes and constants from the config.json of a model of any origin.
+def select_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes and constants of an ELECTRA in the contents of a config.json.
 
-    Its other keys are left out: some have transformers fetch and run code. UsageError unless sizes
-    are complete and model.safetensors has room for so many parameters.
+    Its other keys are left out: some have transformers fetch and run code. KeyError, TypeError,
+    ValueError or OverflowError if a size is missing or no number.
     """
     example = hf_config("generator", Shape(1, 1, 1, 1, 1), vocab_size=1)
     keys = example.keys() - {"architectures", "model_type", "dtype"}
+    sizes = ["vocab_size", *(field.name for field in dataclasses.fields(Shape))]
+    selected = {key: config[key] for key in keys if key in config}
+    return selected | {name: int(config[name]) for name in sizes}
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """Return the sizes and constants in the config.json of a model of any origin.
+
+    UsageError unless sizes are complete and model.safetensors has room for so many parameters.
+    """
     try:
-        config = json.loads(read_text(directory / "config.json"))
-        config = {key: config[key] for key in keys if key in config}
-        shape = Shape(*(int(config[field.name]) for field in dataclasses.fields(Shape)))
-        parameters = shape.matrix_parameters + int(config["vocab_size"]) * shape.embedding_size
+        config = select_sizes(json.loads(read_text(directory / "config.json")))
+        shape = Shape(**{field.name: config[field.name] for field in dataclasses.fields(Shape)})
+        parameters = shape.matrix_parameters + config["vocab_size"] * shape.embedding_size
         available = (directory / "model.safetensors").stat().st_size
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         message = f"{directory} has no ELECTRA for transformers ({error})"
@@ -294,7 +339,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
         message = f"{directory}: config.json has {shape.num_hidden_layers:,} layers and"
         message += f" {parameters:,} parameters, but model.safetensors has {available:,} bytes"
         raise UsageError(f"{message}; give an intact model")
-    return config | dataclasses.asdict(shape)
+    return config
 
 
 def toml(values: Mapping[str, Any]) -> str:

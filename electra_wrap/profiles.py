@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import os
 import re
 import tomllib
@@ -15,10 +16,23 @@ from pydantic import ValidationError
 
 from electra_wrap import paths
 from electra_wrap.errors import UsageError, mask
-from electra_wrap.profile import Profile
+from electra_wrap.profile import Model, Profile
 
 #: Keys whose relative paths start from the directory of the file that sets them.
-_PATH_KEYS = ("corpus.source", "tokenizer.source")
+_PATH_KEYS = ("corpus.source", "tokenizer.source", "model.init_from")
+
+#: Keys that follow from the weights in model.init_from, if a profile that inherits them names it.
+_OF_WEIGHTS = {
+    "model": (
+        *("size", "hidden_size", "num_hidden_layers", "embedding_size", "num_attention_heads"),
+        *("intermediate_size", "max_position_embeddings", "generator_hidden_size"),
+        *("generator_layers", "generator_num_attention_heads", "generator_intermediate_size"),
+    ),
+    "tokenizer": ("source", "sha256", "vocab_size", "sample_bytes", "lowercase", "strip_accents"),
+}
+
+#: Origin of those keys, until a later profile sets them.
+_INHERITED = ""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Profile:
@@ -35,6 +49,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Profile:
             parts = reversed(key.split("."))
             nested = functools.reduce(lambda inner, part: {part: inner}, parts, value)
             _merge(values, nested, origins, "--set", Path.cwd())
+        if isinstance(model := values.get("model"), dict) and model.get("init_from"):
+            _complete(values, origins)
         return Profile.model_validate(values)
     except RecursionError:
         raise UsageError(f"{path}: a key is nested too deeply; `show` lists the keys") from None
@@ -123,6 +139,11 @@ def _merge(
 
     A new source drops what an inherited profile set for the former one, such as its digest.
     """
+    if isinstance(new.get("model"), dict) and "init_from" in new["model"]:
+        for section, names in _OF_WEIGHTS.items():
+            for name in names:
+                if origins.get(f"{section}.{name}", origin) != origin:
+                    origins[f"{section}.{name}"] = _INHERITED
     if "source" in new:
         for key in ("sha256", "vocab_size", "sample_bytes"):
             if origins.get(f"{prefix}{key}") != origin:
@@ -130,16 +151,61 @@ def _merge(
                 origins.pop(f"{prefix}{key}", None)
     for key, value in new.items():
         dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(values.get(key, {}), dict):
+        is_section = isinstance(value, dict) and dotted not in _PATH_KEYS
+        if is_section and isinstance(values.get(key, {}), dict):
             _merge(values.setdefault(key, {}), value, origins, origin, base, f"{dotted}.")
             continue
-        values[key] = _absolute(value, base) if dotted in _PATH_KEYS else value
+        # A profile that ships starts from a run, which is where `run` puts it.
+        is_run = dotted == "model.init_from" and base == paths.CONFIGS
+        start = Path.cwd() if is_run else base
+        values[key] = _absolute(value, start) if dotted in _PATH_KEYS else value
         origins[dotted] = origin
+
+
+def _complete(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Set the keys that follow from the weights in model.init_from.
+
+    UsageError if the profile itself sets one of them to another value.
+    """
+    from electra_wrap import initial_weights
+
+    tokenizer = values.setdefault("tokenizer", {})
+    try:
+        init_from = Model(init_from=values["model"]["init_from"]).init_from
+    except ValidationError:
+        return  # that of the whole profile reports it
+    if init_from is None or not isinstance(tokenizer, dict):
+        return
+    own = {key for key, origin in origins.items() if origin != _INHERITED}
+    values["model"]["init_from"], found, vocab_size = initial_weights.resolve(init_from)
+    source = tokenizer.get("source")
+    if source and ("tokenizer.source" in own or "tokenizer.source" not in found):
+        vocabulary = found.pop("tokenizer.source", None)
+        initial_weights.refuse_other_vocabulary(source, vocabulary, vocab_size)
+    else:
+        for key in ("sha256", "vocab_size", "sample_bytes"):  # of an inherited source
+            tokenizer.pop(key, None)
+    for dotted, value in found.items():
+        section, _, key = dotted.partition(".")
+        if dotted not in own:
+            values[section][key] = value
+        elif value is not None and not _is_close(values[section][key], value):
+            message = f"{origins[dotted]}: {dotted} = {values[section][key]!r}, but the weights in"
+            raise UsageError(f"{message} model.init_from have {value!r}; remove the key")
+
+
+def _is_close(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or fractions that are equal to three digits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return bool(one == other)
 
 
 def _absolute(source: Any, base: Path) -> Any:
     if isinstance(source, list):
         return [_absolute(item, base) for item in source]
+    if isinstance(source, dict):
+        return {key: _absolute(item, base) for key, item in source.items()}
     if not isinstance(source, str) or source in ("", "train") or "://" in source:
         return source
     return str(base / _expand_user(source))

@@ -146,7 +146,7 @@ def describe(
 
 def to_transformers(
     checkpoint: str,
-    out: str,
+    out: str | None,
     *,
     networks: Sequence[Network] = NETWORKS,
     heads: Mapping[Network, int | None] = {},
@@ -155,10 +155,11 @@ def to_transformers(
 ) -> dict[Network, dict[str, Any]]:
     """Write `out`/NETWORK for each network, as transformers loads it, and return their configs.
 
-    `checkpoint` is a prefix, e.g. model.ckpt-100. `heads` overrides the number of attention heads.
-    `expected` holds config.json values that the checkpoint must have. With `slots`, the optimizer's
-    are written beside each model as adam_m.safetensors and adam_v.safetensors. UsageError for
-    anything but a complete ELECTRA checkpoint with finite values.
+    Without `out`, the values are not read. `checkpoint` is a prefix, e.g. model.ckpt-100. `heads`
+    overrides the number of attention heads. `expected` holds config.json values that the checkpoint
+    must have. With `slots`, the optimizer's are written beside each model as adam_m.safetensors and
+    adam_v.safetensors. UsageError for anything but a complete ELECTRA checkpoint with finite
+    values.
     """
     import tensorflow as tf
 
@@ -172,8 +173,8 @@ def to_transformers(
             _refuse_difference(network, config, expected.get(network, {}))
             configs[network] = config
         _refuse_unknown_variables(shapes)
-        for network, names in mappings.items():
-            directory = Path(out) / network
+        for network, names in mappings.items() if out else ():
+            directory = Path(out or "") / network
             directory.mkdir(parents=True)
             write_json(directory / "config.json", configs[network])
             _write(directory / "model.safetensors", reader, names)
@@ -304,7 +305,9 @@ def _names_in_upstream(network: Network, config: dict[str, int], tied: bool) -> 
     """Return the mapping of a model. UsageError if upstream has no such model."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     projection = config["embedding_size"] != hidden
-    if heads != max(1, hidden // 64) or (network == "generator" and projection and not tied):
+    # The discriminator's heads are in model_hparam_overrides; a generator's follow from its size.
+    other_heads = heads != max(1, hidden // 64)
+    if network == "generator" and (other_heads or (projection and not tied)):
         sizes = f"{hidden} units, {heads} heads and embeddings of size {config['embedding_size']}"
         raise UsageError(f"upstream has no {network} of {sizes}; such a model cannot be converted")
     layers = config["num_hidden_layers"]

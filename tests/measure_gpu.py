@@ -361,10 +361,7 @@ PARTS: dict[str, tuple[Part, int]] = {
     "b. SIGKILL and resume": (resume, 300),
     "c. bench of small, 30,522 words": (lambda o: bench(o, "spanish-small", 30_522), 240),
     "c. bench of small, 119,547 words": (lambda o: bench(o, "spanish-small", 119_547), 240),
-    "c. bench of base at 128 tokens": (
-        lambda o: bench(o, "spanish-base", 30_522, "model.max_seq_length=128"),
-        300,
-    ),
+    "c. bench of base at 128 tokens": (lambda o: bench(o, "spanish-base-128", 30_522), 300),
     "d. profile of small": (profile_steps, 240),
     "e. two processes": (two_processes, 120),
 }

@@ -76,7 +76,7 @@ def test_bench_measures_upstream_engine(cli: Callable[..., Any], upstream: Path)
 
 def test_flops_are_close_to_six_times_weights_and_tokens() -> None:
     """Attention and the generator's output layer come on top: little, at this length."""
-    loaded = profiles.load("spanish-base", ["model.max_seq_length=32"])
+    loaded = profiles.load("spanish-base-128", ["model.max_seq_length=32"])
     tokens = loaded.train.batch_size * 32
     shapes = [loaded.model.shape(network) for network in profile.NETWORKS]
     matrices = 6 * tokens * sum(shape.matrix_parameters for shape in shapes)

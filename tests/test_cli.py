@@ -194,6 +194,7 @@ def test_profiles_lists_names_and_descriptions(cli: Cli) -> None:
     lines = cli("profiles").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         "spanish-base",
+        "spanish-base-128",
         "spanish-demo",
         "spanish-small",
         "spanish-small-32k",

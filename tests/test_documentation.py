@@ -42,6 +42,8 @@ TINY_SAMPLE = f"{TINY} --set {SAMPLE} --set tokenizer.source=train"
 
 NATIVE = "run --profile spanish-small --set engine=native"
 SHARED = f"{NATIVE} --run-dir /shared/es"
+FIRST_PHASE = "run --profile spanish-base-128 --set engine=native"
+SECOND_PHASE = "run --profile spanish-base --set engine=native"
 
 #: The options that reduce a command. Others run as they are.
 REDUCED = {
@@ -51,6 +53,11 @@ REDUCED = {
     f"{SHARED} --until vocab": f"{TINY_SAMPLE} --run-dir shared/es",
     f"{SHARED} --shard $SLURM_ARRAY_TASK_ID/16": f"{TINY_SAMPLE} --run-dir shared/es",
     SHARED: f"{TINY_SAMPLE} --run-dir shared/es --until examples",
+    FIRST_PHASE: f"{TINY_SAMPLE} --set corpus.held_out=0.1",
+    # The sizes and the vocabulary are those of the first phase.
+    SECOND_PHASE: f"--set {SAMPLE} --set corpus.held_out=0.1 --set corpus.max_lines=300"
+    " --set corpus.shards=2 --set train.steps=2 --set train.warmup_steps=1"
+    " --set train.batch_size=4 --set train.log_every=1 --set train.device=cpu",
     "bench --profile spanish-tiny": f"{TINY} --engine native --steps 12",
     "tensorboard runs/spanish-small": "--port 0",
 }
@@ -63,8 +70,8 @@ NEEDS_GPU = {
     f'{NATIVE} --launch "torchrun --nnodes 2 --node-rank 0 --master-addr FIRST --nproc-per-node 8'
     ' --shutdown-timeout 300"': NO_GPU,
     "bench --profile spanish-small --vocab-size 30522 --steps 1200 --engine native": NO_GPU,
-    "bench --profile spanish-base --vocab-size 30522 --set model.max_seq_length=128 --steps 600"
-    " --engine native": NO_GPU,
+    "bench --profile spanish-base-128 --vocab-size 30522 --steps 600 --engine native": NO_GPU,
+    FIRST_PHASE: NO_GPU,
 }
 
 #: Commands that need google-research/electra.

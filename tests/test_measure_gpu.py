@@ -144,7 +144,7 @@ def test_profiles_for_a_gpu_are_valid(options: Options) -> None:
     run = measure_gpu.make_run(options, "one", steps=20, compile=False)
     assert run.profile.train.device == "gpu" and run.profile.train.compile is False
     assert run.profile.engine == "native" and run.profile.model.shape("generator").hidden_size == 64
-    base = measure_gpu.load_profile(options, "spanish-base", "model.max_seq_length=128")
+    base = measure_gpu.load_profile(options, "spanish-base-128")
     assert base.model.max_seq_length == 128 and base.train.compile is True
 
 

@@ -45,6 +45,9 @@ def error(name: str, *overrides: str) -> str:
 
 @pytest.mark.parametrize("name", [name for name, _ in profiles.shipped()])
 def test_shipped_profiles_load_and_describe_themselves(name: str) -> None:
+    if name == "spanish-base":  # continues a run that is not here
+        assert "runs/spanish-base-128' is not there" in error(name)
+        return
     loaded = profiles.load(name)
     assert len(loaded.description) > 20
     json.dumps(loaded.model_dump())
@@ -53,6 +56,7 @@ def test_shipped_profiles_load_and_describe_themselves(name: str) -> None:
 def test_shipped_profiles() -> None:
     assert [name for name, _ in profiles.shipped()] == [
         "spanish-base",
+        "spanish-base-128",
         "spanish-demo",
         "spanish-small",
         "spanish-small-32k",

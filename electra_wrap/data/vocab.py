@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-import hashlib
-import logging
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from electra_wrap.errors import EnvironmentProblem, UsageError
+from electra_wrap import files, hub
+from electra_wrap.errors import UsageError
 from electra_wrap.files import write_json, write_text
 
 #: In the order of BERT's vocabularies. Upstream pads with id 0, whatever token that is.
@@ -55,15 +55,23 @@ class WordCache(dict[str, tuple[int, ...]]):
 
 
 def read(path: Path) -> list[str]:
-    """Return the tokens of vocab.txt, in order.
+    """Return the tokens of vocab.txt, or of a tokenizer.json with a WordPiece model, in order.
 
     UsageError if it is damaged, or if upstream and transformers would number its tokens
     differently.
     """
     try:
-        tokens = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a UTF-8 vocabulary: {error}; give a vocab.txt") from None
+        text = path.read_bytes().decode("utf-8")
+        if path.suffix == ".json":
+            ids = json.loads(text)["model"]["vocab"]
+            tokens = sorted(ids, key=ids.__getitem__)
+            if [ids[token] for token in tokens] != list(range(len(ids))):
+                raise ValueError("its numbers have gaps")
+        else:
+            tokens = text.removesuffix("\n").split("\n")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fix = "give a vocab.txt, or the tokenizer.json of a WordPiece model"
+        raise UsageError(f"{path}: not a vocabulary: {error}; {fix}") from None
     if problem := _find_problem(tokens):
         raise UsageError(f"{path}: {problem}")
     return tokens
@@ -86,48 +94,36 @@ def _find_problem(tokens: list[str]) -> str | None:
 
 
 def fetch(source: str, target: Path, sha256: str | None) -> None:
-    """Copy the vocabulary at `source`, `hf://REPOSITORY[@REVISION]` or a path, to `target`.
+    """Copy the vocabulary at `source`, which `locate` finds, to `target`.
 
-    UsageError if there is none, if it is malformed, or if its SHA-256 is not `sha256`;
-    EnvironmentProblem if the hub cannot be reached.
+    UsageError if it is malformed, or if its SHA-256 is not `sha256`.
     """
-    path = _download(source.removeprefix("hf://")) if source.startswith("hf://") else Path(source)
-    if not path.is_file():
-        raise UsageError(no_such_file(source))
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    path = locate(source)
+    digest = files.sha256(path)
     if sha256 not in (None, digest):
         raise UsageError(f"{source} has sha256 {digest}, the profile says {sha256}; correct one")
-    read(path)
-    write_text(target, content.decode("utf-8"))
+    tokens = read(path)
+    if path.suffix == ".json":
+        _write(target, tokens)
+    else:
+        files.write_text(target, path.read_bytes().decode("utf-8"))
 
 
-def no_such_file(source: str) -> str:
-    """Return the message for a `tokenizer.source` that does not exist."""
-    return f"tokenizer.source = {source!r}: no such file; give a path, hf://REPOSITORY or train"
+def locate(source: str) -> Path:
+    """Return the file, vocab.txt or tokenizer.json, of a path or of hf://NAME[@REVISION].
 
-
-def _download(repository: str) -> Path:
-    # Imported here: the import takes 0.3 s.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
-    name, _, revision = repository.partition("@")
-    try:
-        return Path(hf_hub_download(name, "vocab.txt", revision=revision or None))
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise UsageError(f"hf://{repository}: {_reason(error)}; correct tokenizer.source") from None
-    except (OSError, RuntimeError) as error:
-        problem = f"hf://{repository} cannot be fetched ({_reason(error)})"
-        hint = "use a local copy: --set tokenizer.source=PATH/vocab.txt"
-        raise EnvironmentProblem(f"{problem}; {hint}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Return the first sentence of an error's message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")
+    UsageError if there is none, EnvironmentProblem if the hub cannot be reached.
+    """
+    if source.startswith(hub.SCHEME):
+        path = hub.download(source, "vocab.txt") or hub.download(source, "tokenizer.json")
+        if path is None:
+            raise UsageError(f"{source} has no vocabulary; correct tokenizer.source")
+        return path
+    if not Path(source).is_file():
+        raise UsageError(
+            f"tokenizer.source = {source!r}: no such file; give a path, hf://NAME or train"
+        )
+    return Path(source)
 
 
 def train(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from electra_wrap import __version__
+from electra_wrap import __version__, hub
 from electra_wrap.data import corpus, sources
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import ENGINES
@@ -15,7 +15,7 @@ from electra_wrap.errors import mask
 from electra_wrap.metrics import UPSTREAM
 from electra_wrap.monitor import evaluation
 from electra_wrap.monitor.templates import render
-from electra_wrap.profile import Network, toml
+from electra_wrap.profile import NETWORKS, Network, TwoModels, toml
 from electra_wrap.run import Run
 
 #: Type and name of the task by which a network is evaluated.
@@ -50,6 +50,8 @@ def model_card(run: Run, network: Network, checkpoint: Checkpoint) -> str:
         checkpoint=checkpoint,
         engines=ENGINES,
         trained_by=_trained_by(run, checkpoint),
+        base_model=_base_model(run, network),
+        base_digest=run.record(run.train_record)["inputs"].get("model.init_from"),
         public=public,
         count_meanings=corpus.COUNTS,
         metrics=metrics,
@@ -68,6 +70,16 @@ def _trained_by(run: Run, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
         for segment in run.model.get("trained_by", [unknown])
         if segment["from_step"] < checkpoint.step
     ]
+
+
+def _base_model(run: Run, network: Network) -> str | None:
+    """Return the name of the model that the training started from; None from random weights."""
+    source = run.profile.model.init_from
+    if isinstance(source, TwoModels):
+        source = str(getattr(source, network))
+    if source and source.startswith(hub.SCHEME):
+        return source.removeprefix(hub.SCHEME).partition("@")[0]
+    return Path(source).name if source else None
 
 
 def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
@@ -96,6 +108,7 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
         # A discriminator has no task on a hub before it is fine-tuned.
         pipeline_tag="fill-mask" if network == "generator" else None,
         tags=["electra", network, "pretraining"],
+        base_model=_base_model(run, network),
         datasets=datasets or None,
         model_name=f"{run.profile.model_name}-{network}" if results else None,
         eval_results=results or None,
@@ -121,4 +134,10 @@ def _public_profile(run: Run) -> dict[str, Any]:
     values = run.profile.model_dump()
     values["corpus"]["source"] = list(map(public, run.profile.corpus.sources))
     values["tokenizer"]["source"] = public(values["tokenizer"]["source"])
+    if (init_from := run.profile.model.init_from) is not None:
+        values["model"]["init_from"] = (
+            public(init_from)
+            if isinstance(init_from, str)
+            else {network: public(str(getattr(init_from, network))) for network in NETWORKS}
+        )
     return values

@@ -130,7 +130,7 @@ def _link(checkpoint: Checkpoint) -> None:
     with files.new_directory(source / f"best-{checkpoint.step}", replace=True) as directory:
         for file in engine.weight_files(checkpoint):
             target = directory / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             files.link_or_copy(file, target)
         copy = Checkpoint(checkpoint.engine, checkpoint.step, directory)
         files.write_checksums(engine.checksums(copy), engine.weight_files(copy))

@@ -46,10 +46,11 @@ class Saver:
 
         UsageError if the random states of this process cannot be restored.
         """
-        start = max(checkpoint_steps(self._directory), default=0)
-        checkpoint = checkpoint_path(self._directory, start)
-        if not start:
+        steps = checkpoint_steps(self._directory)
+        if not steps:
             return 0
+        start = steps[-1]
+        checkpoint = checkpoint_path(self._directory, start)
         exchange.restore(checkpoint, self._network, self._adam)
         if not is_exchanged(checkpoint):
             self._restore_random_states(self._random_states(checkpoint))

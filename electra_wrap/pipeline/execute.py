@@ -6,8 +6,8 @@ import datetime
 import time
 from pathlib import Path
 
-from electra_wrap import files
-from electra_wrap.engines import choose_devices, engine_of
+from electra_wrap import files, initial_weights
+from electra_wrap.engines import choose_devices, engine_of, find_checkpoint
 from electra_wrap.errors import Interrupted
 from electra_wrap.pipeline.plan import plan, select
 from electra_wrap.pipeline.stage import Stage, Values, describe_change, stale_reason
@@ -44,10 +44,7 @@ def execute(
         for step in steps:
             log(f"to do: {step.stage.name} ({step.reason})")
         planned = {step.stage.name for step in steps}
-        if planned & {"examples", "train"}:
-            engine_of(run).prepare(run)
-        if "train" in planned and run.profile.train.device == "gpu":
-            choose_devices(run, "train")  # fails before hours of other work
+        _prepare(run, planned)
         (run.directory / "logs").mkdir(exist_ok=True)
         files.write_json(run.directory / "profile.json", run.profile.model_dump())
         done = 0
@@ -63,6 +60,17 @@ def execute(
     took = format_duration(time.monotonic() - started)
     log(f"{done} of {len(selected)} stages done, {took}" if done else f"{UP_TO_DATE}, {took}")
     return done
+
+
+def _prepare(run: Run, planned: set[str]) -> None:
+    """Do what can fail before hours of other work."""
+    if planned & {"examples", "train"}:
+        engine_of(run).prepare(run)
+    if "train" in planned:
+        if run.profile.train.device == "gpu":
+            choose_devices(run, "train")
+        if find_checkpoint(run) is None:
+            initial_weights.prepare(run)
 
 
 def _execute_stage(run: Run, stage: Stage) -> None:

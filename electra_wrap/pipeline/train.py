@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 
-from electra_wrap import files
+from electra_wrap import files, initial_weights
 from electra_wrap.engine import Checkpoint
 from electra_wrap.engines import (
     ENGINES,
@@ -23,7 +23,7 @@ from electra_wrap.monitor.training import TrainingMonitor
 from electra_wrap.pipeline import examples
 from electra_wrap.pipeline.evaluate import evaluate_checkpoint
 from electra_wrap.pipeline.stage import Digest, Stage, Values, describe_change
-from electra_wrap.profile import ENGINE_NAMES, NETWORKS
+from electra_wrap.profile import ENGINE_NAMES, NETWORKS, POSITIONS
 from electra_wrap.progress import log, warn
 from electra_wrap.run import Run
 
@@ -46,7 +46,10 @@ def _inputs(run: Run, digest: Digest) -> Values:
         inputs |= {f"the {network}'s {key}": value for key, value in shape.items()}
     keys = ("batch_size", "learning_rate", "warmup_steps", "weight_decay")
     inputs |= {f"train.{key}": getattr(run.profile.train, key) for key in keys}
-    return {**inputs, "model.mask_prob": run.profile.model.mask_prob}
+    inputs["model.mask_prob"] = run.profile.model.mask_prob
+    if (positions := run.profile.model.max_position_embeddings) != POSITIONS:
+        inputs["model.max_position_embeddings"] = positions
+    return inputs | initial_weights.identity(run, digest)
 
 
 def _stale_reason(run: Run, digest: Digest) -> str | None:
@@ -128,7 +131,10 @@ def _execute(run: Run) -> Values:
 
 
 def _prepare_checkpoint(run: Run) -> int:
-    """Leave the latest intact checkpoint, in the engine's own format; return its step, or 0."""
+    """Leave the latest intact checkpoint, in the engine's own format; return its step, or 0.
+
+    Without one, the weights in model.init_from, if there are any, become that of step 0.
+    """
     latest = find_checkpoint(run)
     for checkpoint in checkpoints(run):
         if latest and checkpoint.step < latest.step:
@@ -140,6 +146,10 @@ def _prepare_checkpoint(run: Run) -> int:
         for path in run.model_dir.glob(pattern):
             files.remove(path)
     if latest is None:
+        if run.profile.model.init_from:
+            initial = run.directory / initial_weights.DIRECTORY
+            engine_of(run).import_checkpoint(run, initial, 0)
+            files.remove(initial)
         return 0
     log(f"train: resumes at step {latest.step:,} of {run.profile.train.steps:,}")
     if latest.engine != run.profile.engine:
@@ -200,10 +210,13 @@ def _record_precision(run: Run, start: int, devices: list[str]) -> str:
 
 
 def _evaluate_start(run: Run, start: int) -> None:
-    """Evaluate the checkpoint to resume from, if an attempt was killed before it did."""
+    """Evaluate the weights in model.init_from before training, so that it has a baseline.
+
+    And evaluate the checkpoint to resume from, if an attempt was killed before it did.
+    """
     every = run.profile.train.evaluate_every
-    evaluated = evaluation.evaluations(run, run.profile.engine)
-    if not start or not every or start % every or start in evaluated:
+    is_due = every and start % every == 0 if start else run.profile.model.init_from
+    if not is_due or start in evaluation.evaluations(run, run.profile.engine):
         return
     if run.results(run.examples_record)["held_out_examples"]:
         evaluate_checkpoint(run, Checkpoint(run.profile.engine, start, run.model_dir))

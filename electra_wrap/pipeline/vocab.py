@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from electra_wrap import packages
+from electra_wrap import hub, packages
 from electra_wrap.data import vocab
-from electra_wrap.errors import UsageError
 from electra_wrap.pipeline.stage import Digest, Stage, Values
 from electra_wrap.progress import log, warn
 from electra_wrap.run import Run
@@ -21,10 +18,8 @@ def _inputs(run: Run, digest: Digest) -> Values:
         inputs = {f"tokenizer.{key}": value for key, value in settings.model_dump().items()}
         return {**inputs, "corpus": digest(run.corpus)}
     source = settings.source
-    if not source.startswith("hf://"):
-        if not Path(source).is_file():
-            raise UsageError(vocab.no_such_file(source))
-        source = run.digest(Path(source))
+    if not source.startswith(hub.SCHEME):
+        source = run.digest(vocab.locate(source))
     return {"tokenizer.source": source, "tokenizer.sha256": settings.sha256}
 
 
@@ -42,7 +37,7 @@ def _execute(run: Run) -> Values:
     else:
         log(f"vocab: from {settings.source}")
         vocab.fetch(settings.source, run.vocabulary, settings.sha256)
-        if settings.source.startswith("hf://") and settings.sha256 is None:
+        if settings.source.startswith(hub.SCHEME) and settings.sha256 is None:
             log(f'vocab: to pin it, set tokenizer.sha256 = "{run.digest(run.vocabulary)}"')
     tokens = vocab.read(run.vocabulary)
     fit = vocab.measure(

@@ -70,6 +70,7 @@ def bench_profile(profile: Profile, engine: EngineName, steps: int, directory: P
     text, vocabulary = str(directory / "text.txt"), str(directory / "vocab.txt")
     values["corpus"] = {"source": text, "blank_lines_separate_documents": False}
     values["tokenizer"] = {"source": vocabulary}
+    values["model"] |= {"init_from": None, "init_optimizer": False}
     train = values["train"]
     train |= {"steps": steps, "warmup_steps": 0, "evaluate_every": None}
     train |= {"log_every": steps // INTERVALS, "save_every": steps}

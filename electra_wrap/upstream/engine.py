@@ -254,6 +254,7 @@ def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = Fal
         "checkpoint": str(_prefix(checkpoint)),
         "out": str(out),
         "slots": optimizer,
+        "heads": {n: run.profile.model.shape(n).num_attention_heads for n in NETWORKS},
         "expected": {n: run.profile.hf_config(n, run.vocab_size) for n in NETWORKS},
     }
     log = run.log_file("convert")
