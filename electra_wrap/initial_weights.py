@@ -212,11 +212,10 @@ def find(init_from: str | TwoModels) -> Source:
     if init_from.startswith(hub.SCHEME) or (path / "config.json").is_file():
         both = 'init_from = {discriminator = "…", generator = "…"}'
         raise UsageError(f"{init_from} is one model, and a training needs two; set {both}")
-    try:
-        return OfTensorFlow(weights.find_prefix(init_from))
-    except UsageError:
+    if not path.exists() and not Path(f"{init_from}.index").exists():
         kinds = "a run, its hf/, a TensorFlow checkpoint or two models of transformers"
-        raise UsageError(f"model.init_from = {init_from!r} is not there; give {kinds}") from None
+        raise UsageError(f"model.init_from = {init_from!r} is not there; give {kinds}")
+    return OfTensorFlow(weights.find_prefix(init_from))
 
 
 def resolve(init_from: str | TwoModels) -> tuple[Any, dict[str, Any], int]:

@@ -58,6 +58,10 @@ def upstream() -> Path:
         pytest.skip(str(error))
 
 
+#: Profiles that ship, without the one that continues a run of another.
+PROFILES = [name for name, _ in profiles.shipped() if name != "spanish-base"]
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m electra_wrap` as a user does, in an empty directory."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PROFILES
 
 from electra_wrap import profile, profiles
 from electra_wrap.profile import ENGINE_NAMES, EngineName
@@ -23,7 +24,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
-@pytest.mark.parametrize("name", [name for name, _ in profiles.shipped()])
+@pytest.mark.parametrize("name", PROFILES)
 def test_profile_for_bench_is_valid(name: str, engine: EngineName, tmp_path: Path) -> None:
     shipped = profiles.load(name)
     derived = bench.bench_profile(shipped, engine, 120, tmp_path)

@@ -71,7 +71,7 @@ def read(path: Path) -> list[str]:
             tokens = text.removesuffix("\n").split("\n")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fix = "give a vocab.txt, or the tokenizer.json of a WordPiece model"
-        raise UsageError(f"{path}: not a vocabulary: {error}; {fix}") from None
+        raise UsageError(f"{path}: not a UTF-8 vocabulary: {error}; {fix}") from None
     if problem := _find_problem(tokens):
         raise UsageError(f"{path}: {problem}")
     return tokens
