@@ -335,10 +335,10 @@ def test_models_that_are_not_one_electra_are_refused(
 ) -> None:
     to_transformers(good[0], tmp_path / "hf")
     discriminator, generator = (tmp_path / "hf" / network for network in NETWORKS)
-    to_transformers(good[0], tmp_path / "heads", heads={"discriminator": 4})
-    other_heads = tmp_path / "heads" / "discriminator"
+    to_transformers(good[0], tmp_path / "heads", heads={"generator": 4})
+    other_heads = tmp_path / "heads" / "generator"
     for pair, message in (
-        ((other_heads, generator), "upstream has no discriminator of 128 units, 4 heads"),
+        ((discriminator, other_heads), "upstream has no generator of 64 units, 4 heads"),
         ((generator, discriminator), "missing in or foreign to a discriminator"),
         ((discriminator, tmp_path), "has no ELECTRA for transformers"),
     ):
