@@ -211,8 +211,9 @@ def test_twenty_steps_equal_the_recorded_ones(
         assert_as_recorded(continued, values, sampled)
     else:
         found = summary(continued, values, sampled)
-        assert np.array(found["losses"]) == pytest.approx(np.array(EXPECTED["losses"]), rel=0.03)
-        assert found["losses"] != EXPECTED["losses"]
+        difference = np.abs(np.array(found["losses"]) / np.array(EXPECTED["losses"]) - 1)
+        # Rounding differs between processors: at most 1.6% on one with avx512_bf16, 3.7% with AMX.
+        assert 0 < difference.mean() < 0.01 and difference.max() < 0.06
 
 
 @pytest.mark.parametrize("text", ["many documents", "no document boundary", "odd"])
