@@ -35,7 +35,7 @@ Configs = dict[Network, dict[str, Any]]
 #: Name of the directory in the run directory with the verified weights, until training takes them.
 DIRECTORY = "initial"
 
-#: Of config.json, what every ELECTRA of this package has.
+#: Keys of config.json of which both engines support one value.
 _CONSTANTS = ("hidden_act", "layer_norm_eps", "type_vocab_size")
 
 
@@ -59,7 +59,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class OfRun:
+class RunSource:
     """The latest checkpoint of a run."""
 
     directory: Path
@@ -90,7 +90,7 @@ class OfRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class OfModels:
+class ModelsSource:
     """Two models of transformers: directories, or hf://NAME[@REVISION]."""
 
     sources: TwoModels
@@ -175,7 +175,7 @@ class OfModels:
 
 
 @dataclasses.dataclass(frozen=True)
-class OfTensorFlow:
+class TensorFlowSource:
     """A TensorFlow checkpoint of google-research/electra: its prefix."""
 
     prefix: str
@@ -203,19 +203,19 @@ class OfTensorFlow:
 def find(init_from: str | TwoModels) -> Source:
     """Return the source that `model.init_from` names. UsageError if there is none."""
     if isinstance(init_from, TwoModels):
-        return OfModels(init_from)
+        return ModelsSource(init_from)
     path = Path(init_from)
     if (path / MANIFEST).is_file():
-        return OfRun(path)
+        return RunSource(path)
     if (path / "discriminator").is_dir() and (path / "generator").is_dir():
-        return OfModels(TwoModels(**{network: str(path / network) for network in NETWORKS}))
+        return ModelsSource(TwoModels(**{network: str(path / network) for network in NETWORKS}))
     if init_from.startswith(hub.SCHEME) or (path / "config.json").is_file():
         both = 'init_from = {discriminator = "…", generator = "…"}'
         raise UsageError(f"{init_from} is one model, and a training needs two; set {both}")
     if not path.exists() and not Path(f"{init_from}.index").exists():
         kinds = "a run, its hf/, a TensorFlow checkpoint or two models of transformers"
         raise UsageError(f"model.init_from = {init_from!r} is not there; give {kinds}")
-    return OfTensorFlow(weights.find_prefix(init_from))
+    return TensorFlowSource(weights.find_prefix(init_from))
 
 
 def resolve(init_from: str | TwoModels) -> tuple[Any, dict[str, Any], int]:
@@ -223,35 +223,35 @@ def resolve(init_from: str | TwoModels) -> tuple[Any, dict[str, Any], int]:
 
     That is the value of each dotted key of the profile, and the size of the vocabulary.
     """
+    if isinstance(init_from, TwoModels):
+        init_from = ModelsSource(init_from).pinned()
     source = find(init_from)
-    pinned: Any = init_from
-    if isinstance(source, OfModels) and isinstance(init_from, TwoModels):
-        pinned = source.pinned().model_dump()
-        source = find(TwoModels(**pinned))
     configs = source.configs()
-    one, other = (configs[network] for network in NETWORKS)
+    discriminator, generator = (configs[network] for network in NETWORKS)
     for key in ("vocab_size", "embedding_size", "max_position_embeddings"):
-        if one[key] != other[key]:
-            sizes = f"{key} is {one[key]:,} for the discriminator, {other[key]:,} for the generator"
+        if discriminator[key] != generator[key]:
+            sizes = f"{key} is {discriminator[key]:,} for the discriminator"
+            sizes += f", {generator[key]:,} for the generator"
             raise UsageError(f"model.init_from: {sizes}; name both networks of one ELECTRA")
-    hidden, layers = one["hidden_size"], one["num_hidden_layers"]
+    hidden, layers = discriminator["hidden_size"], discriminator["num_hidden_layers"]
     names = [name for name, size in SIZES.items() if size == (hidden, layers)]
     keys = {
         "size": names[0] if names else "small",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "embedding_size": one["embedding_size"],
-        "num_attention_heads": one["num_attention_heads"],
-        "intermediate_size": one["intermediate_size"],
-        "max_position_embeddings": one["max_position_embeddings"],
-        "generator_hidden_size": other["hidden_size"] / hidden,
-        "generator_layers": other["num_hidden_layers"] / layers,
-        "generator_num_attention_heads": other["num_attention_heads"],
-        "generator_intermediate_size": other["intermediate_size"],
+        "embedding_size": discriminator["embedding_size"],
+        "num_attention_heads": discriminator["num_attention_heads"],
+        "intermediate_size": discriminator["intermediate_size"],
+        "max_position_embeddings": discriminator["max_position_embeddings"],
+        "generator_hidden_size": generator["hidden_size"] / hidden,
+        "generator_layers": generator["num_hidden_layers"] / layers,
+        "generator_num_attention_heads": generator["num_attention_heads"],
+        "generator_intermediate_size": generator["intermediate_size"],
     }
     found = {f"model.{key}": value for key, value in keys.items()}
     found |= {f"tokenizer.{key}": value for key, value in source.tokenizer().items()}
-    return pinned, found, one["vocab_size"]
+    value = init_from if isinstance(init_from, str) else init_from.model_dump()
+    return value, found, discriminator["vocab_size"]
 
 
 def refuse_other_vocabulary(source: str, expected: str | None, size: int) -> None:

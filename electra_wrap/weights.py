@@ -173,8 +173,10 @@ def to_transformers(
             _refuse_difference(network, config, expected.get(network, {}))
             configs[network] = config
         _refuse_unknown_variables(shapes)
-        for network, names in mappings.items() if out else ():
-            directory = Path(out or "") / network
+        if out is None:
+            return configs
+        for network, names in mappings.items():
+            directory = Path(out) / network
             directory.mkdir(parents=True)
             write_json(directory / "config.json", configs[network])
             _write(directory / "model.safetensors", reader, names)

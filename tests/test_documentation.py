@@ -131,9 +131,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         file = page.parent / name if name else page
         assert file.is_file(), target
-        headings = re.findall(r"^#+ (.*)", file.read_text("utf-8"), re.M)
-        anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
-        assert not anchor or anchor in anchors, target
+        if anchor:  # of a page; a picture has none
+            headings = re.findall(r"^#+ (.*)", file.read_text("utf-8"), re.M)
+            anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in anchors, target
 
 
 class Shell:

@@ -106,7 +106,7 @@ def fetch(source: str, target: Path, sha256: str | None) -> None:
     if path.suffix == ".json":
         _write(target, tokens)
     else:
-        files.write_text(target, path.read_bytes().decode("utf-8"))
+        write_text(target, path.read_bytes().decode("utf-8"))
 
 
 def locate(source: str) -> Path:
