@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def fine_tune(
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            output_dir=str(out or "unused"),
+            output_dir=str(out or tempfile.gettempdir()),
             max_steps=steps or max(300, 3 * len(inputs["train"]) // 32),
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,

@@ -19,11 +19,12 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-#: Sentences of these parts; `train` has the rest.
-DEV, TEST = 500, 2000
+#: Share of the sentences in these parts; `train` has the rest.
+DEV, TEST = 0.04, 0.16
 #: Sentences with so many words are used, and so many of a document.
 LENGTHS = range(5, 41)
 PER_DOCUMENT = 500
@@ -53,6 +54,12 @@ def restore_accents(plain: str, tag: str) -> str:
         if int(position) <= len(plain):
             letters[-int(position)] += symbols.get(symbol, symbol)
     return unicodedata.normalize("NFC", "".join(letters))
+
+
+def restore(text: str, classify: Callable[[str], list[dict[str, Any]]]) -> str:
+    """Restore the accents of a text with a token-classification pipeline of transformers."""
+    tags = {token["start"]: token["entity"] for token in classify(text)}
+    return re.sub(r"\w+", lambda word: restore_accents(word[0], tags.get(word.start(), NONE)), text)
 
 
 def word_forms(sentences: list[str]) -> dict[str, Counter[str]]:
@@ -119,11 +126,12 @@ def main() -> None:
             documents.append(rng.sample(lines, min(len(lines), PER_DOCUMENT)))
     rng.shuffle(documents)
     forms = word_forms([line for document in documents for line in document])
+    total = sum(map(len, documents))
     parts: dict[str, list[str]] = {"test": [], "dev": [], "train": []}
     for document in documents:
-        if len(parts["test"]) < TEST:
+        if len(parts["test"]) < TEST * total:
             parts["test"] += document
-        elif len(parts["dev"]) < DEV:
+        elif len(parts["dev"]) < DEV * total:
             parts["dev"] += document
         else:
             parts["train"] += document
