@@ -26,6 +26,8 @@ from electra_wrap.pipeline.execute import execute
 from electra_wrap.profile import NETWORKS, toml
 from electra_wrap.run import Run
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 STEPS = 4
 ONE_STEP = {"steps": 1, "warmup_steps": 0}
 
