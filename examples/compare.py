@@ -5,7 +5,8 @@
 Each model is fine-tuned (see `fine_tuning.py`) on 100, 300, 1,000, 3,000 and 10,000 examples of
 each task, with three seeds. `NAME=random:MODEL` is a model of the same shape with random weights.
 Each score is appended to RESULTS, a file of JSON lines; scores that are there already are not
-computed again. The output is a table of F1 on the test parts: means and standard deviations.
+computed again. The output is a table of F1 on the test parts: means and standard deviations. It
+takes all scores of a NAME together, so give other settings another NAME.
 """
 
 import argparse

@@ -11,6 +11,8 @@ paper, arXiv:2003.10555): batches of 32; a learning rate of 3e-4 for small model
 5e-5 for large ones, with warm-up over a tenth of the steps and linear decay after it; and for each
 layer 0.8 of the rate of the layer above (large: 0.9). Upstream trains 3 epochs, and 10 on small
 tasks. Here it is 3 epochs, but at least 300 steps.
+
+The scores need scikit-learn: `pip install scikit-learn`.
 """
 
 import argparse

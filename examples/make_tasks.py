@@ -1,6 +1,6 @@
 """Make labelled tasks from a text in any language: the people who wrote it gave the labels.
 
-    python examples/make_tasks.py examples/text/held-out.txt examples/tasks
+    python examples/make_tasks.py examples/text/held-out.txt examples/text/tasks
 
 writes `train.tsv`, `dev.tsv` and `test.tsv` of two tasks, in the format of `fine_tuning.py`. A line
 of the text is a sentence, and blank lines separate documents. No document is in two of the files.
