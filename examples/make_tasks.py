@@ -73,16 +73,20 @@ def word_forms(sentences: list[str]) -> dict[str, Counter[str]]:
     forms: dict[str, Counter[str]] = defaultdict(Counter)
     for beginning, words in groups.items():
         for word in words:
-            for other in words:
+            for other in sorted(words):  # the order of a set differs between processes
                 if other != word and max(len(word), len(other)) - len(beginning) <= 2:
                     forms[word][other] = counts[other]
     return forms
 
 
+def tagged(pairs: list[tuple[str, str]]) -> str:
+    """Return the lines of a sentence with tags."""
+    return "".join(f"{word}\t{tag}\n" for word, tag in pairs) + "\n"
+
+
 def accents(sentences: list[str]) -> Iterator[str]:
     for sentence in sentences:
-        pairs = [strip_accents(word) for word in re.findall(r"\w+|[^\w\s]", sentence)]
-        yield "".join(f"{word}\t{tag}\n" for word, tag in pairs) + "\n"
+        yield tagged([strip_accents(word) for word in re.findall(r"\w+|[^\w\s]", sentence)])
 
 
 def words(
@@ -107,8 +111,8 @@ def write(directory: Path, parts: dict[str, Iterator[str]]) -> None:
 
 def parts_of_speech(lines: list[str]) -> Iterator[str]:
     for line in lines:
-        pairs = [token.rsplit("/", 1) for token in line.split()]
-        yield "".join(f"{word}\t{tag}\n" for word, tag in pairs) + "\n"
+        pairs = [token.rpartition("/") for token in line.split()]
+        yield tagged([(word, tag) for word, _, tag in pairs])
 
 
 def main() -> None:
@@ -145,14 +149,14 @@ def main() -> None:
     if arguments.tagged:
         lines = arguments.tagged.read_text("utf-8").splitlines()
         dev, test = len(lines) // 10, len(lines) // 4
-        tagged = {
+        parts = {
             "test": lines[:test],
             "dev": lines[test : test + dev],
             "train": lines[test + dev :],
         }
         write(
             arguments.out / "parts-of-speech",
-            {part: parts_of_speech(lines) for part, lines in tagged.items()},
+            {part: parts_of_speech(lines) for part, lines in parts.items()},
         )
 
 

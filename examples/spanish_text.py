@@ -12,6 +12,7 @@ licenses of their packages.
 
 import argparse
 import bz2
+import contextlib
 import gettext
 import gzip
 import hashlib
@@ -135,10 +136,14 @@ def sword_books(index: bytes, data: bytes) -> Iterator[list[str]]:
 
 
 def package_documents(package: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name and the paragraphs of each Spanish document in a package."""
+    """Yield the name and the paragraphs of each Spanish document in a package.
+
+    Exits if the package is damaged.
+    """
     process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
     index = b""
-    with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+    damaged = contextlib.suppress(tarfile.ReadError)  # dpkg-deb's exit code says so, too
+    with damaged, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
         for member in archive:
             if not member.isfile() or not SPANISH_PATH.search(member.name):
                 continue
@@ -161,7 +166,8 @@ def package_documents(package: Path) -> Iterator[tuple[str, list[str]]]:
                 yield path, manual_page(data)
             elif name.suffix in (".fortunes", ".txt") and "changelog" not in path:
                 yield path, re.split(r"\n%+\n|\n\n", data.decode("utf-8", "replace"))
-    process.wait()
+    if process.wait():
+        sys.exit(f"{package} is damaged: delete it and run spanish_text.py again")
 
 
 FOREIGN = re.compile(r"\b(?:the|of|and|is|to|that|for|with|this|are|der|und|les|des)\b", re.I)

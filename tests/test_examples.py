@@ -6,6 +6,7 @@ import bz2
 import gzip
 import importlib
 import json
+import os
 import random
 import shutil
 import struct
@@ -89,6 +90,9 @@ def test_documents_of_a_package(tmp_path: Path) -> None:
         "texto.es.txt": ["Seis", "Siete"],
         "ot.bzz": ["A la casa fue Noé,", "y vio el mar."],
     }
+    package.write_bytes(package.read_bytes()[:-100])  # a download that was interrupted
+    with pytest.raises(SystemExit, match="is damaged: delete it"):
+        list(spanish_text.package_documents(package))
 
 
 def test_sentences_of_markup_and_manual_pages() -> None:
@@ -142,12 +146,18 @@ def test_accents_of_a_text_are_restored() -> None:
     assert make_tasks.restore(text, classify) == "La función, también aquí."
 
 
-def test_tasks_share_no_document(tmp_path: Path) -> None:
-    documents = [[f"{line} Párrafo {i}." for line in SPANISH] for i in range(60)]
+def test_tasks_are_repeatable_and_share_no_document(tmp_path: Path) -> None:
+    forms = "Los libros, el libro, la libra y las libras están aquí."
+    documents = [[f"{line} Párrafo {i}." for line in [*SPANISH, forms]] for i in range(60)]
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join("\n".join(lines) for lines in documents), encoding="utf-8")
-    command = [sys.executable, EXAMPLES / "make_tasks.py", text, tmp_path]
-    subprocess.run(command, check=True)
+    made = []
+    for hash_seed in "01":
+        command = [sys.executable, EXAMPLES / "make_tasks.py", text, tmp_path]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run(command, check=True, env=environment)
+        made.append([path.read_bytes() for path in sorted(tmp_path.glob("*/*.tsv"))])
+    assert made[0] == made[1]
     seen = []
     for part in ("train", "dev", "test"):
         rows = (tmp_path / "words" / f"{part}.tsv").read_text("utf-8").splitlines()
@@ -186,6 +196,13 @@ def test_fine_tuning(tmp_path: Path) -> None:
     assert result["labels"] == [-100, 7, -100, 8, -100]
     assert result["scores"]["text"]["test"]["accuracy"] > 0.95
     assert result["scores"]["tags"]["test"]["f1"] > 0.95
+    assert result["table"].splitlines() == [
+        "| task | model | 100 | 1,000 |",
+        "|---|---|---|---|",
+        "| tags | mine | 52.0 ± 2.8 | 90.0 |",
+        "| tags | random |  | 40.0 |",
+    ]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert result["entities"] == ["l", "c", "g"]  # the saved model has the names of the tags
 
 

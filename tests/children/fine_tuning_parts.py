@@ -1,4 +1,4 @@
-"""Print what the parts of examples/fine_tuning.py return, for tests/test_examples.py."""
+"""Print what parts of fine_tuning.py and compare.py return, for tests/test_examples.py."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import transformers
 
 examples, out = map(Path, sys.argv[1:])
 sys.path.insert(0, str(examples))
+import compare  # noqa: E402
 import fine_tuning  # noqa: E402
 
 # Words with tags: two of three are right, and four are predicted.
@@ -58,6 +59,12 @@ scores = {
     for task, scratch in ((text, False), (tags, True))
 }
 tuned = transformers.pipeline("token-classification", str(out / "tuned"), ignore_labels=[])
+compared = {
+    ("tags", "mine", 100): [50.0, 54.0],
+    ("tags", "mine", 1000): [90.0],
+    ("tags", "random", 1000): [40.04],
+}
+compare.plot(compared, out / "plot.png")
 print(
     json.dumps(
         {
@@ -66,6 +73,7 @@ print(
             "rates": rates,
             "labels": inputs[0]["labels"],
             "scores": scores,
+            "table": compare.table(compared),
             "entities": [token["entity"] for token in tuned("la casa grande")],
         }
     )
