@@ -10,7 +10,7 @@ The recipe is that of google-research/electra (`configure_finetuning.py`, and ap
 paper, arXiv:2003.10555): batches of 32; a learning rate of 3e-4 for small models, 1e-4 for base and
 5e-5 for large ones, with warm-up over a tenth of the steps and linear decay after it; and for each
 layer 0.8 of the rate of the layer above (large: 0.9). Upstream trains 3 epochs, and 10 on small
-tasks. Here it is 3 epochs, but at least 300 steps.
+tasks. Here it is 3 epochs, but at least 1,000 steps.
 
 The scores need scikit-learn: `pip install scikit-learn`.
 """
@@ -138,7 +138,7 @@ def fine_tune(
         model,
         transformers.TrainingArguments(
             output_dir=str(out or tempfile.gettempdir()),
-            max_steps=steps or max(300, 3 * len(inputs["train"]) // 32),
+            max_steps=steps or max(1000, 3 * len(inputs["train"]) // 32),
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,
             warmup_steps=0.1,

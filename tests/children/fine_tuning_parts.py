@@ -54,7 +54,12 @@ for number, part in enumerate(("train", "dev", "test")):
     (tags / f"{part}.tsv").write_text("".join(lines), encoding="utf-8")
 scores = {
     task.name: fine_tuning.fine_tune(
-        str(out / "model"), task, from_scratch=scratch, learning_rate=3e-3, out=out / "tuned"
+        str(out / "model"),
+        task,
+        from_scratch=scratch,
+        learning_rate=3e-3,
+        steps=300,
+        out=out / "tuned",
     )
     for task, scratch in ((text, False), (tags, True))
 }
