@@ -12,7 +12,6 @@ licenses of their packages.
 
 import argparse
 import bz2
-import contextlib
 import gettext
 import gzip
 import hashlib
@@ -140,10 +139,13 @@ def package_documents(package: Path) -> Iterator[tuple[str, list[str]]]:
 
     Exits if the package is damaged.
     """
-    process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
+    tar = subprocess.run(
+        ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, check=False
+    )
+    if tar.returncode:
+        sys.exit(f"{package} is damaged: delete it and run spanish_text.py again")
     index = b""
-    damaged = contextlib.suppress(tarfile.ReadError)  # dpkg-deb's exit code says so, too
-    with damaged, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+    with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as archive:
         for member in archive:
             if not member.isfile() or not SPANISH_PATH.search(member.name):
                 continue
@@ -166,8 +168,6 @@ def package_documents(package: Path) -> Iterator[tuple[str, list[str]]]:
                 yield path, manual_page(data)
             elif name.suffix in (".fortunes", ".txt") and "changelog" not in path:
                 yield path, re.split(r"\n%+\n|\n\n", data.decode("utf-8", "replace"))
-    if process.wait():
-        sys.exit(f"{package} is damaged: delete it and run spanish_text.py again")
 
 
 FOREIGN = re.compile(r"\b(?:the|of|and|is|to|that|for|with|this|are|der|und|les|des)\b", re.I)
