@@ -141,6 +141,7 @@ def fine_tune(
             max_steps=steps or max(1000, 3 * len(inputs["train"]) // 32),
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,
+            train_sampling_strategy="group_by_length",  # less padding
             warmup_steps=0.1,
             max_grad_norm=1.0,
             seed=seed,
