@@ -10,7 +10,8 @@ The recipe is that of google-research/electra (`configure_finetuning.py`, and ap
 paper, arXiv:2003.10555): batches of 32; a learning rate of 3e-4 for small models, 1e-4 for base and
 5e-5 for large ones, with warm-up over a tenth of the steps and linear decay after it; and for each
 layer 0.8 of the rate of the layer above (large: 0.9). Upstream trains 3 epochs, and 10 on small
-tasks. Here it is 3 epochs, but at least 1,000 steps.
+tasks. Here it is 3 epochs, but at least 1,000 steps. Upstream tags the first token of a word; here
+it is the last one, because in many languages the ending of a word says more.
 
 The scores need scikit-learn: `pip install scikit-learn`.
 """
@@ -41,7 +42,7 @@ def read(path: Path) -> Examples:
 
 
 def encode(examples: Examples, tokenizer: Any, label_ids: dict[str, int]) -> list[dict[str, Any]]:
-    """Return the inputs of the model. A word's first token has its tag; -100 is ignored."""
+    """Return the inputs of the model. A word's last token has its tag; -100 is ignored."""
     inputs = []
     for text, label in examples:
         tagging = isinstance(text, list)
@@ -49,8 +50,8 @@ def encode(examples: Examples, tokenizer: Any, label_ids: dict[str, int]) -> lis
         if tagging:
             words = encoding.word_ids()
             labels = [
-                -100 if word is None or word == previous else label_ids[label[word]]
-                for previous, word in zip([None, *words], words, strict=False)
+                -100 if word is None or word == following else label_ids[label[word]]
+                for word, following in zip(words, [*words[1:], None], strict=True)
             ]
         else:
             labels = label_ids[label]

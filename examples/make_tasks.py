@@ -57,9 +57,12 @@ def restore_accents(plain: str, tag: str) -> str:
 
 
 def restore(text: str, classify: Callable[[str], list[dict[str, Any]]]) -> str:
-    """Restore the accents of a text with a token-classification pipeline of transformers."""
-    tags = {token["start"]: token["entity"] for token in classify(text)}
-    return re.sub(r"\w+", lambda word: restore_accents(word[0], tags.get(word.start(), NONE)), text)
+    """Restore the accents of a text with a token-classification pipeline of transformers.
+
+    The last token of a word has its tag, as in `fine_tuning.py`.
+    """
+    tags = {token["end"]: token["entity"] for token in classify(text)}
+    return re.sub(r"\w+", lambda word: restore_accents(word[0], tags.get(word.end(), NONE)), text)
 
 
 def word_forms(sentences: list[str]) -> dict[str, Counter[str]]:

@@ -140,8 +140,8 @@ def test_accents_of_a_text_are_restored() -> None:
     text = "La funcion, tambien aqui."
 
     def classify(text: str) -> list[dict[str, object]]:
-        tags = {"funcion": "2´", "tambien": "2´", "aqui": "1´", ",": "-"}
-        return [{"start": text.index(word), "entity": tag} for word, tag in tags.items()]
+        tags = {"func": "-", "ion": "2´", "tambien": "2´", "aqui": "1´", ",": "-"}
+        return [{"end": text.index(t) + len(t), "entity": tag} for t, tag in tags.items()]
 
     assert make_tasks.restore(text, classify) == "La función, también aquí."
 
@@ -193,7 +193,7 @@ def test_fine_tuning(tmp_path: Path) -> None:
     assert result["classification"] == pytest.approx({"accuracy": 2 / 3, "f1": 2 / 3})
     # Upstream: decay ** (layers + 2 - depth), with depth 0 for embeddings, and 1 for no decay.
     assert set(result["rates"]) == {"0.0625", "0.125", "0.25", "1.0"}
-    assert result["labels"] == [-100, 7, -100, 8, -100]
+    assert result["labels"] == [-100, -100, 7, 8, -100]
     assert result["scores"]["text"]["test"]["accuracy"] > 0.95
     assert result["scores"]["tags"]["test"]["f1"] > 0.95
     assert result["table"].splitlines() == [

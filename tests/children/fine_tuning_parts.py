@@ -38,7 +38,7 @@ rates = {
     for group in fine_tuning.optimizer(model, 1.0, 0.5).param_groups
 }
 
-# The first token of a word has its tag.
+# The last token of a word has its tag.
 inputs = fine_tuning.encode([(["perros", "come"], ["n", "v"])], tokenizer, {"n": 7, "v": 8})
 
 # Sentences with "perro" against those without; the tag of a word is its first letter.
