@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,17 @@ def main() -> None:
         cell = {"task": task.name, "model": name, "examples": examples, "seed": seed, **settings}
         if any(cell.items() <= row.items() for row in done):
             continue
-        scores = fine_tuning.fine_tune(
-            model.removeprefix("random:"),
-            task,
-            examples=examples,
-            from_scratch=model.startswith("random:"),
-            seed=seed,
-            **settings,
-        )
+        try:
+            scores = fine_tuning.fine_tune(
+                model.removeprefix("random:"),
+                task,
+                examples=examples,
+                from_scratch=model.startswith("random:"),
+                seed=seed,
+                **settings,
+            )
+        except OSError as error:  # no such model or task
+            sys.exit(f"error: {str(error).splitlines()[0]}")
         with arguments.results.open("a", encoding="utf-8") as file:
             print(json.dumps({**cell, **scores}), file=file)
     by_cell: Scores = defaultdict(list)

@@ -179,7 +179,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="save the model in this directory")
     arguments = vars(parser.parse_args())
-    print(json.dumps(fine_tune(arguments.pop("model"), arguments.pop("task"), **arguments)))
+    try:
+        scores = fine_tune(arguments.pop("model"), arguments.pop("task"), **arguments)
+    except OSError as error:  # no such model or task
+        sys.exit(f"error: {str(error).splitlines()[0]}")
+    print(json.dumps(scores))
 
 
 if __name__ == "__main__":

@@ -206,6 +206,27 @@ def test_fine_tuning(tmp_path: Path) -> None:
     assert result["entities"] == ["l", "c", "g"]  # the saved model has the names of the tags
 
 
+@pytest.mark.parametrize(
+    "command", ["fine_tuning.py {model} {task}", "compare.py scores x={model} --tasks {task}"]
+)
+@pytest.mark.parametrize("missing", ["task", "model"])
+def test_what_is_missing_is_one_line(tmp_path: Path, command: str, missing: str) -> None:
+    for part in ("train", "dev", "test"):
+        (tmp_path / f"{part}.tsv").write_text("La casa\tyes\n", encoding="utf-8")
+    command = command.format(model="./model", task="./task" if missing == "task" else ".")
+    done = subprocess.run(
+        [sys.executable, *f"{EXAMPLES}/{command}".split()],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert missing in done.stderr and "Traceback" not in done.stderr
+
+
 # The notebook.
 
 
