@@ -92,6 +92,7 @@ def optimizer(model: Any, learning_rate: float, layer_decay: float) -> torch.opt
             for (depth, weight_decay), parameters in groups.items()
         ],
         eps=1e-6,
+        fused=True,
     )
 
 
