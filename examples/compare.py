@@ -5,8 +5,8 @@
 Each model is fine-tuned (see `fine_tuning.py`) on 100, 300, 1,000, 3,000 and 10,000 examples of
 each task, with three seeds. `NAME=random:MODEL` is a model of the same shape with random weights.
 Each score is appended to RESULTS, a file of JSON lines; scores that are there already are not
-computed again. The output is a table of F1 on the test parts: means and standard deviations. It
-takes all scores of a NAME together, so give other settings another NAME.
+computed again. The output is a table of F1 and accuracy on the test parts: means and standard
+deviations. It takes all scores of a NAME together, so give other settings another NAME.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from typing import Any
 
 import fine_tuning
 
-#: (task, model, examples): F1 of each seed, in percent.
-Scores = dict[tuple[str, str, int], list[float]]
+#: (task, metric, model, examples): the scores of the seeds, in percent.
+Scores = dict[tuple[str, str, str, int], list[float]]
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -33,15 +33,15 @@ def read(results: Path) -> list[dict[str, Any]]:
 def table(scores: Scores) -> str:
     """Return the means and standard deviations as Markdown."""
     sizes = sorted({examples for *_, examples in scores})
-    lines = ["| task | model | " + " | ".join(f"{size:,}" for size in sizes) + " |"]
-    lines.append("|---|---|" + "---|" * len(sizes))
-    for task, model in dict.fromkeys(key[:2] for key in scores):
+    lines = ["| task | metric | model | " + " | ".join(f"{size:,}" for size in sizes) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(sizes))
+    for row in sorted(dict.fromkeys(key[:3] for key in scores), key=lambda row: row[:2]):
         cells = []
         for size in sizes:
-            values = scores.get((task, model, size), [])
+            values = scores.get((*row, size), [])
             deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
-        lines.append(f"| {task} | {model} | " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([*row, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -51,10 +51,9 @@ def plot(scores: Scores, path: Path) -> None:
     tasks = list(dict.fromkeys(task for task, *_ in scores))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.6), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for model in dict.fromkeys(key[1] for key in scores if key[0] == task):
-            rows = sorted(
-                (key[2], values) for key, values in scores.items() if key[:2] == (task, model)
-            )
+        for model in dict.fromkeys(model for of, _, model, _ in scores if of == task):
+            f1 = (task, "F1", model)
+            rows = sorted((key[3], values) for key, values in scores.items() if key[:3] == f1)
             means = [statistics.mean(values) for _, values in rows]
             errors = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in rows]
             axis.errorbar([n for n, _ in rows], means, errors, marker="o", capsize=3, label=model)
@@ -103,7 +102,9 @@ def main() -> None:
             print(json.dumps({**cell, **scores}), file=file)
     by_cell: Scores = defaultdict(list)
     for row in read(arguments.results):
-        by_cell[row["task"], row["model"], row["examples"]].append(100 * row["test"]["f1"])
+        for metric, name in ("accuracy", "accuracy"), ("f1", "F1"):
+            key = (row["task"], name, row["model"], row["examples"])
+            by_cell[key].append(100 * row["test"][metric])
     print(table(by_cell))
     if arguments.plot:
         plot(by_cell, arguments.plot)

@@ -197,10 +197,11 @@ def test_fine_tuning(tmp_path: Path) -> None:
     assert result["scores"]["text"]["test"]["accuracy"] > 0.95
     assert result["scores"]["tags"]["test"]["f1"] > 0.95
     assert result["table"].splitlines() == [
-        "| task | model | 100 | 1,000 |",
-        "|---|---|---|---|",
-        "| tags | mine | 52.0 ± 2.8 | 90.0 |",
-        "| tags | random |  | 40.0 |",
+        "| task | metric | model | 100 | 1,000 |",
+        "|---|---|---|---|---|",
+        "| tags | F1 | mine | 52.0 ± 2.8 | 90.0 |",
+        "| tags | F1 | random |  | 40.0 |",
+        "| tags | accuracy | mine | 97.0 |  |",
     ]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert result["entities"] == ["l", "c", "g"]  # the saved model has the names of the tags

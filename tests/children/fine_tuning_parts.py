@@ -65,9 +65,10 @@ scores = {
 }
 tuned = transformers.pipeline("token-classification", str(out / "tuned"), ignore_labels=[])
 compared = {
-    ("tags", "mine", 100): [50.0, 54.0],
-    ("tags", "mine", 1000): [90.0],
-    ("tags", "random", 1000): [40.04],
+    ("tags", "F1", "mine", 100): [50.0, 54.0],
+    ("tags", "accuracy", "mine", 100): [97.0],
+    ("tags", "F1", "mine", 1000): [90.0],
+    ("tags", "F1", "random", 1000): [40.04],
 }
 compare.plot(compared, out / "plot.png")
 print(
