@@ -63,6 +63,14 @@ REDUCED = {
     " --set train.batch_size=4 --set train.log_every=1 --set train.device=cpu",
     "bench --profile spanish-tiny": f"{TINY} --engine native --steps 12",
     "tensorboard runs/spanish-small": "--port 0",
+    "run --profile examples/spanish-debian.toml": f"{TINY_SAMPLE} --set corpus.held_out=0.1",
+    "convert runs/spanish-debian --step 12000 --out step-12000": "--step 4",
+}
+
+#: The options that reduce the commands of these scripts.
+REDUCED_SCRIPTS = {
+    "compare.py": "--examples 20 --steps 2 --seeds 0",
+    "fine_tuning.py": "--examples 20 --steps 2",
 }
 
 #: Commands that fail without a GPU, and what their error says. They have exit code 3.
@@ -91,6 +99,8 @@ NOT_RUN = {
     "hf upload NAME runs/spanish-small/hf/discriminator",
     # Takes minutes.
     "python tests/measure_records.py",
+    # Needs Debian or Ubuntu, and downloads 0.75 GB.
+    "python examples/spanish_text.py",
 }
 
 #: README.md's first command installs the package, which is installed here.
@@ -203,7 +213,8 @@ def run_reduced(shell: Shell, page: Path) -> None:
             shutil.copytree(shell.directory / "back", shell.directory / "electra_small")
             vocabulary = shell.directory / "runs" / "spanish-small" / "vocab.txt"
             shutil.copy(vocabulary, shell.directory / "electra_small")
-        done = shell.run(command, REDUCED.get(command, ""))
+        script = command.removeprefix(EXAMPLE).partition(" ")[0]
+        done = shell.run(command, REDUCED.get(command) or REDUCED_SCRIPTS.get(script, ""))
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
 
@@ -223,6 +234,13 @@ def test_commands_work_as_documented(tmp_path: Path) -> None:
     (shell.directory / "texts.txt").write_text("\n".join(SPANISH), encoding="utf-8")
     (shell.directory / "news").mkdir()
     (shell.directory / "news" / "today.txt").write_text("\n".join(SPANISH), encoding="utf-8")
+    ignored = shutil.ignore_patterns("text", "*.ipynb", "__pycache__")
+    shutil.copytree(ROOT / "examples", shell.directory / "examples", ignore=ignored)
+    held_out = shell.directory / "examples" / "text" / "held-out.txt"
+    held_out.parent.mkdir()
+    forms = ["Los libros, el libro, la libra y las libras.", *SPANISH]
+    documents = ("\n".join(f"{line} Párrafo {i}." for line in forms) for i in range(60))
+    held_out.write_text("\n\n".join(documents), encoding="utf-8")
     readme = PAGES[0].read_text("utf-8")
     profiles = re.findall(r"^```toml\n(.*?)^```", readme, re.M | re.S)
     (shell.directory / "catalan.toml").write_text(profiles[0], encoding="utf-8")
