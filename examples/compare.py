@@ -48,12 +48,18 @@ def table(scores: Scores) -> str:
 def plot(scores: Scores, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(task for task, *_ in scores))
+    f1 = {
+        (task, model, size): values
+        for (task, metric, model, size), values in scores.items()
+        if metric == "F1"
+    }
+    tasks = list(dict.fromkeys(task for task, *_ in f1))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.6), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for model in dict.fromkeys(model for of, _, model, _ in scores if of == task):
-            f1 = (task, "F1", model)
-            rows = sorted((key[3], values) for key, values in scores.items() if key[:3] == f1)
+        for model in dict.fromkeys(key[1] for key in f1 if key[0] == task):
+            rows = sorted(
+                (key[2], values) for key, values in f1.items() if key[:2] == (task, model)
+            )
             means = [statistics.mean(values) for _, values in rows]
             errors = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in rows]
             axis.errorbar([n for n, _ in rows], means, errors, marker="o", capsize=3, label=model)
