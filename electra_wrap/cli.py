@@ -5,61 +5,66 @@ It imports neither TensorFlow nor PyTorch, and nothing slow before a command.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import io
 import os
 import signal
 import sys
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, logging
+from absl.flags import argparse_flags
 
-from electra_wrap import __version__, signals
+from electra_wrap import __version__, errors, signals
 from electra_wrap.commands import COMMANDS, Arguments
-from electra_wrap.errors import (
-    ElectraWrapError,
-    Interrupted,
-    StageFailed,
-    UsageError,
-    from_os_error,
-    printable,
-    visible,
-)
+from electra_wrap.errors import ElectraWrapError, Interrupted, StageFailed, UsageError, visible
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+class _Parser(argparse_flags.ArgumentParser):  # type: ignore[misc]
+    """absl's parser, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"electra_wrap: error: {printable(message)}; see {self.prog} --help", file=sys.stderr)
+        print(f"electra_wrap: error: {visible(message)}; see {self.prog} --help", file=sys.stderr)
         sys.exit(UsageError.exit_code)
 
 
 def _parse(argv: list[str]) -> Arguments:
     """Parse a command line, which starts with the program's name."""
-    flags.FLAGS(argv[:1])  # absl's own flags keep their defaults
     parser = _Parser(prog="python -m electra_wrap", description=sys.modules["electra_wrap"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = parser.add_subparsers(
+        required=True,
+        metavar="COMMAND",
+        parser_class=functools.partial(_Parser, inherited_absl_flags=None),
+    )
     for function, description, arguments in COMMANDS:
-        command = commands.add_parser(function.__name__, help=description, description=description)
+        command = added.add_parser(function.__name__, help=description, description=description)
         command.set_defaults(function=function)
-        for add in arguments:
-            add(command)
-    for text in argv:
-        if text.startswith("--") and text.endswith("=--"):
-            parser.error(f"{text} gives no value")  # argparse would take it for an empty list
-    return parser.parse_args(argv[1:])
+        for names, options in arguments:
+            command.add_argument(*names, **options)
+    parsed: Arguments = parser.parse_args(argv[1:])
+    return parsed
 
 
 def _main(arguments: Arguments) -> None:
     """Run a command. An error becomes one line and an exit code."""
     failure: ElectraWrapError | None = None
     try:
-        _run_command(arguments)
-    except ElectraWrapError as error:
-        failure = error
+        arguments.function(arguments)
+    except KeyboardInterrupt:
+        failure = Interrupted(signals.MESSAGE)
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ElectraWrapError, OSError) as error:
+        failure = errors.convert(error)
+        failure.__cause__ = None if failure is error else error
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = ElectraWrapError(
+            f"this is a bug of electra_wrap ({message}); report it with what --debug prints"
+        )
+        failure.__cause__ = error
     for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)  # the work is done, or was stopped
     if failure is None:
@@ -68,27 +73,8 @@ def _main(arguments: Arguments) -> None:
         raise failure
     if isinstance(failure, StageFailed) and failure.log_tail:
         print(*map(visible, failure.log_tail.split("\n")), sep="\n", file=sys.stderr)
-    print(f"electra_wrap: error: {printable(str(failure))}", file=sys.stderr)
+    print(f"electra_wrap: error: {visible(str(failure))}", file=sys.stderr)
     sys.exit(failure.exit_code)
-
-
-def _run_command(arguments: Arguments) -> None:
-    """Run a command. Every exception becomes an ElectraWrapError."""
-    try:
-        arguments.function(arguments)
-    except ElectraWrapError:
-        raise
-    except KeyboardInterrupt:
-        raise Interrupted(signals.MESSAGE) from None
-    except BrokenPipeError:  # the reader, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        raise from_os_error(error) from error
-    except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ElectraWrapError(
-            f"this is a bug of electra_wrap ({message}); report it with what --debug prints"
-        ) from error
 
 
 def entry_point() -> None:

@@ -1,38 +1,15 @@
-"""The errors that a user sees: one line each, with an exit code, and no secret in it."""
+"""The errors that a user sees: one line each, and an exit code."""
 
+import errno
+import os
 import re
 
-#: A password in a URL, or the only name before its host, where services expect a token. A variable,
-#: ${NAME}, is neither.
-PASSWORD = re.compile(
-    r"(https?://(?=[^/?#:@\n]*@)|://[^/?#:@\n]*:)(?!\$\{\w+\}@)[^/?#\n]*@", re.IGNORECASE
-)
-
-#: A long value in a URL's query or fragment, unless it is a variable. It may be a signature or key.
-_VALUE = re.compile(
-    r"(?<=[?&;#])([^=&#\s]*=)?+(?!\$\{\w+\}(?:[\s&#'\"),;]|$))"
-    r"[^&#\s]{12,}?(?=['\"),;.:]*(?:[\s&#]|$))"
-)
-
-#: Longest message. Of a longer one, the middle is left out.
-MAX_LENGTH = 1500
+#: A full or failing disk. A library may raise the system's message for it as any exception.
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTCONN)
+_DISK_ERROR = re.compile("|".join(map(os.strerror, _DISK_ERRNOS)))
 
 #: Characters that a terminal obeys: controls, and changes of the writing direction.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-def mask(text: str) -> str:
-    """Replace what may be a secret in the URLs of a text by `***`."""
-    masked = PASSWORD.sub(r"\1***@", text)
-    masked = re.sub(r"://(?!\$\{\w+\}@)[^/?#:@\n]{12,}@", "://***@", masked)  # of any protocol
-    # A path that was made of a URL has one slash, and spaces need not be the URL's end.
-    return re.sub(r"\w:/.*", lambda urls: _VALUE.sub(r"\1***", urls[0]), masked)
-
-
-def printable(text: str) -> str:
-    """Return a text as a line for a terminal: not endless, no secrets, no control characters."""
-    text = visible(mask(text))
-    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 400]} … {text[-400:]}"
 
 
 def visible(text: str) -> str:
@@ -74,10 +51,21 @@ class Interrupted(ElectraWrapError):
     exit_code = 130
 
 
-def from_os_error(error: OSError) -> EnvironmentProblem:
-    """Convert an OSError to an error with a one-line message."""
-    file = f" ({error.filename})" if error.filename else ""
-    return EnvironmentProblem(f"{error.strerror or error}{file}; fix that and run again")
+def convert(error: Exception) -> ElectraWrapError:
+    """Return an exception of any library as one of ours, with a message of one line."""
+    if isinstance(error, ElectraWrapError):
+        return error
+    if isinstance(error, OSError) and error.strerror:
+        file = f" ({error.filename})" if error.filename else ""
+        return EnvironmentProblem(f"{error.strerror}{file}; fix that and run again")
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    return find_disk_error(message) or StageFailed(message)
+
+
+def find_disk_error(text: str) -> EnvironmentProblem | None:
+    """Return an error if a text has one of the system's messages for a full or failing disk."""
+    found = _DISK_ERROR.search(text)
+    return EnvironmentProblem(f"{found[0]}; fix that and run again") if found else None
 
 
 def diverged(step: int, loss: float) -> StageFailed:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """`bytes` of the text file `file` have been read."""
+    """`bytes` of text have been read since the last event."""
 
-    file: str
     bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a training runs on: device, precision, number of threads, versions of packages."""
+
+    values: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +41,6 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """The return value of a function that the parent called."""
-
-    value: Any
-
-
-@dataclasses.dataclass(frozen=True)
 class Failure:
     """An error: the name of its class in errors.py, and its message."""
 
@@ -48,17 +48,18 @@ class Failure:
     message: str
 
 
-Event = Progress | Step | Evaluation | Result | Failure
+Event = Progress | Setup | Step | Evaluation | Failure
+OnEvent = Callable[[Event], None]
 
 _TYPES: dict[str, Any] = {
-    kind.__name__.lower(): kind for kind in (Progress, Step, Evaluation, Result, Failure)
+    kind.__name__.lower(): kind for kind in (Progress, Setup, Step, Evaluation, Failure)
 }
 
 
 def emit(event: Event) -> None:
     """Print an event for the parent process."""
     name = type(event).__name__.lower()
-    print(json.dumps({"event": name, **dataclasses.asdict(event)}, ensure_ascii=False), flush=True)
+    print(json.dumps({"event": name, **dataclasses.asdict(event)}), flush=True)
 
 
 def parse(line: str) -> Event | None:

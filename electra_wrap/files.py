@@ -1,17 +1,17 @@
-"""Writing that is never seen half done, checksums and locks."""
+"""Files and directories that are never seen half written, checksums and locks."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from electra_wrap.errors import UsageError
 
@@ -23,34 +23,22 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, directory: bool = False) -> Iterator[Path]:
     """Yield a temporary name for the file or directory `path`, and rename it at the end.
 
     What an interrupted attempt left under the temporary name is removed first; after an error,
-    so is what this one wrote.
+    so is what this one wrote. A directory is made, in a parent that exists.
     """
     temporary = path.with_name(f"{path.name}.partial")
     remove(temporary)
     try:
+        if directory:
+            temporary.mkdir()
         yield temporary
     except BaseException:
         remove(temporary)
         raise
     move_into_place(temporary, path)
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that becomes `path` at the end.
-
-    UsageError if `path` exists, unless `replace`.
-    """
-    if path.exists() and not replace:
-        raise UsageError(f"{path} exists; choose another --out, or replace it with --force")
-    with atomic(path) as directory:
-        directory.mkdir()
-        yield directory
-        remove(path)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
@@ -82,13 +70,6 @@ def _umask() -> int:
 _UMASK = _umask()
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file. ValueError for anything else: reading a pipe would not end."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    return path.read_text(encoding="utf-8")
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees the old text or the new one."""
     with atomic(path) as temporary:
@@ -101,15 +82,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a directory, if it exists. No directory is seen half removed."""
-    removed = path.with_name(f".{path.name}.removed")
-    if removed.exists():  # an earlier removal was interrupted
-        shutil.rmtree(removed)
-    if path.is_symlink() or not path.is_dir():
+    """Remove a file, a link or a directory, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
         path.unlink(missing_ok=True)
-        return
-    path.rename(removed)
-    shutil.rmtree(removed)
 
 
 def archive(path: Path) -> Path | None:
@@ -123,14 +100,6 @@ def archive(path: Path) -> Path | None:
     return target
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system has no hard links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def write_checksums(checksums: Path, files: Iterable[Path]) -> None:
     """Write the SHA-256 of files in the format of sha256sum, after syncing them to disk."""
     lines = []
@@ -140,38 +109,32 @@ def write_checksums(checksums: Path, files: Iterable[Path]) -> None:
     write_text(checksums, "".join(sorted(lines)))
 
 
-def is_intact(checksums: Path, digest: Callable[[Path], str] = sha256) -> bool:
-    """Whether the files match the checksums. False if there is no checksum file."""
+def read_checksums(checksums: Path) -> dict[Path, str]:
+    """Return the SHA-256 of each file that a checksum file names; empty if it is damaged."""
     try:
         lines = [line.split("  ", 1) for line in checksums.read_text("utf-8").splitlines()]
-        named = {checksums.parent / name: expected for expected, name in lines}
-        # Reading a device or a pipe would not end.
-        return bool(named) and all(
-            path.is_file() and digest(path) == expected for path, expected in named.items()
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
+        return {checksums.parent / name: digest for digest, name in lines}
+    except ValueError:
+        return {}
+
+
+def describe(paths: Iterable[Path]) -> str:
+    """Return what tells files from others: number, size, a digest of names, sizes and times."""
+    stats = [(path.name, (stat := path.stat()).st_size, int(stat.st_mtime)) for path in paths]
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
+    return f"{len(stats):,} files, {sum(size for _, size, _ in stats):,} bytes, {digest}"
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file. The kernel releases it when the process ends, however it ends.
 
-    Shared locks do not exclude each other. UsageError, naming the holder, if another process has
-    the lock and `wait` is false.
+    UsageError if another process has the lock and `wait` is false.
     """
-    with path.open("a+") as file:
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "?"
-            raise UsageError(
-                f"{path.parent} is in use by process {holder}; wait for it or choose another "
-                "--run-dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+    try:
+        with filelock.FileLock(path, blocking=wait):
+            yield
+    except filelock.Timeout:
+        raise UsageError(
+            f"{path.parent} is in use by another process; wait for it or choose another --run-dir"
+        ) from None

@@ -1,233 +1,153 @@
 """The weights in `model.init_from`, from which a training starts.
 
-They are those of a run, of two models of transformers, or of a TensorFlow checkpoint.
+They are those of a run, of two models of transformers, or of a TensorFlow checkpoint. Whatever they
+are, they become two models of transformers in the run directory, once, before any other work. Sizes
+and vocabulary of the profile follow from these.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import contextlib
 import json
-from collections.abc import Callable
+import math
+import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from electra_wrap import files, hub, subprocesses, weights
+from pydantic import ValidationError
+
+from electra_wrap import checkpoints, files, hub, subprocesses, weights
 from electra_wrap.data import vocab
-from electra_wrap.engine import Checkpoint
-from electra_wrap.engines import ENGINES, find_checkpoint
+from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import (
-    NETWORKS,
-    SIZES,
-    Network,
-    Shape,
-    TwoModels,
-    hf_config,
-    read_hf_config,
-    select_sizes,
-)
+from electra_wrap.profile import NETWORKS, OF_WEIGHTS, SIZES, Network, Profile, TwoModels
 from electra_wrap.progress import log
 from electra_wrap.run import MANIFEST, Run
 
-Configs = dict[Network, dict[str, Any]]
 
-#: Name of the directory in the run directory with the verified weights, until training takes them.
-DIRECTORY = "initial"
+def resolve(run: Run, *, dry_run: bool = False) -> None:
+    """Write the weights in model.init_from to `run.initial`, and complete the run's profile.
 
-#: Keys of config.json of which both engines support one value.
-_CONSTANTS = ("hidden_act", "layer_norm_eps", "type_vocab_size")
-
-
-class Source(Protocol):
-    """Where weights come from. Functions raise UsageError or EnvironmentProblem."""
-
-    def configs(self) -> Configs:
-        """Return the config.json of each network, without reading weights."""
-
-    def tokenizer(self) -> dict[str, Any]:
-        """Return the keys of the profile's tokenizer; empty if there is no vocabulary."""
-
-    def files(self) -> list[Path]:
-        """Return the files with the weights, if they are on this machine already."""
-
-    def export(self, out: Path, *, optimizer: bool) -> dict[Network, Path]:
-        """Return the directory of each network as a model of transformers, new ones in `out`.
-
-        With `optimizer`, Adam's slots are beside each model.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSource:
-    """The latest checkpoint of a run."""
-
-    directory: Path
-
-    def configs(self) -> Configs:
-        run = self._open()[0]
-        return {network: run.profile.hf_config(network, run.vocab_size) for network in NETWORKS}
-
-    def tokenizer(self) -> dict[str, Any]:
-        run = self._open()[0]
-        return {"source": str(run.vocabulary), **run.profile.tokenizer.normalization}
-
-    def files(self) -> list[Path]:
-        _, checkpoint = self._open()
-        return ENGINES[checkpoint.engine].weight_files(checkpoint)
-
-    def export(self, out: Path, *, optimizer: bool) -> dict[Network, Path]:
-        run, checkpoint = self._open()
-        ENGINES[checkpoint.engine].export(run, checkpoint, out, optimizer=optimizer)
-        return {network: out / network for network in NETWORKS}
-
-    def _open(self) -> tuple[Run, Checkpoint]:
-        run = Run.open(self.directory)
-        checkpoint = find_checkpoint(run)
-        if checkpoint is None:
-            raise UsageError(f"{self.directory} has no checkpoint; `run` trains the model")
-        return run, checkpoint
+    When the model has checkpoints, the profile gets what was found when its training began. With
+    `dry_run`, nothing is written. UsageError unless the weights are the complete and finite ones of
+    one ELECTRA, and if the profile sets a key to another value than theirs.
+    """
+    init_from = run.profile.model.init_from
+    if init_from is None:
+        run.model.initial = {}
+        return
+    given = init_from if isinstance(init_from, str) else init_from.model_dump()
+    has_begun = bool(checkpoints.steps(run.model_dir))
+    if not has_begun or run.model.initial.get("given") != given:
+        log(f"reads the weights in model.init_from = {given}")
+        with contextlib.ExitStack() as stack:
+            if dry_run or has_begun:
+                out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            else:
+                files.remove(run.initial)
+                out = stack.enter_context(files.atomic(run.initial, directory=True))
+            values = _collect(init_from, run.profile, out)
+            digests = [files.sha256(out / network / "model.safetensors") for network in NETWORKS]
+        identity = " ".join(digest[:12] for digest in digests)
+        run.model.initial = {"given": given, "values": values, "identity": identity}
+    try:
+        run.profile = run.profile.with_values(run.model.initial["values"])
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise UsageError(f"the weights in model.init_from: {problem}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelsSource:
-    """Two models of transformers: directories, or hf://NAME[@REVISION]."""
+def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[str, Any]:
+    """Write both networks to `out`/NETWORK; return the keys that follow from them, by dotted name.
 
-    sources: TwoModels
-
-    def configs(self) -> Configs:
-        return {network: self._config(network) for network in NETWORKS}
-
-    def tokenizer(self) -> dict[str, Any]:
-        paths = (self._find("discriminator", name) for name in ("vocab.txt", "tokenizer.json"))
-        vocabulary = next(filter(None, paths), None)
-        if vocabulary is None:
-            return {}
-        config = self._read_json("discriminator", "tokenizer_config.json")
-        lowercase = bool(config.get("do_lower_case", True))  # the default of transformers
-        accents = config.get("strip_accents")
-        strip_accents = lowercase if accents is None else bool(accents)
-        is_remote = self.sources.discriminator.startswith(hub.SCHEME)
-        source = self.sources.discriminator if is_remote else str(vocabulary)
-        return {"source": source, "lowercase": lowercase, "strip_accents": strip_accents}
-
-    def files(self) -> list[Path]:
-        sources = (self.sources.discriminator, self.sources.generator)
-        return [Path(s, "model.safetensors") for s in sources if not s.startswith(hub.SCHEME)]
-
-    def export(self, out: Path, *, optimizer: bool) -> dict[Network, Path]:
-        if optimizer:
-            raise UsageError("model.init_optimizer needs a run as model.init_from; remove it")
-        directories: dict[Network, Path] = {}
-        for network in NETWORKS:
-            weights = self._find(network, "model.safetensors")
-            if weights is None:
-                problem = f"{getattr(self.sources, network)} has no model.safetensors"
-                raise UsageError(f"{problem}; save the model in that format")
-            directories[network] = weights.parent
-            read_hf_config(weights.parent)  # the file has room for so many parameters
-        return directories
-
-    def pinned(self) -> TwoModels:
-        """Return the sources, with the commits of those on a hub."""
-        pinned = {}
-        for network in NETWORKS:
-            pinned[network] = source = str(getattr(self.sources, network))
-            if source.startswith(hub.SCHEME) and (path := self._find(network, "config.json")):
-                pinned[network] = f"{source.partition('@')[0]}@{path.parent.name}"
-        return TwoModels(**pinned)
-
-    def _config(self, network: Network) -> dict[str, Any]:
-        source = getattr(self.sources, network)
-        raw = self._read_json(network, "config.json")
-        expected = hf_config(network, Shape(1, 1, 1, 1, 1), vocab_size=1)
-        if raw.get("architectures") != expected["architectures"]:
-            problem = f"{source} is {raw.get('architectures')}, not {expected['architectures']}"
-            raise UsageError(f"{problem}; name both networks of one pre-trained ELECTRA")
-        try:
-            config = select_sizes({**expected, **raw})
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UsageError(f"{source}: config.json is damaged ({error}); replace it") from None
-        for key in _CONSTANTS:
-            if config[key] != expected[key]:
-                problem = f"{source}: {key} is {config[key]!r}, not {expected[key]!r}"
-                raise UsageError(f"{problem}; such a model cannot be continued")
-        return config
-
-    def _read_json(self, network: Network, name: str) -> dict[str, Any]:
-        path = self._find(network, name)
-        try:
-            value = json.loads(files.read_text(path)) if path else {}
-        except (OSError, ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise UsageError(f"{path} is damaged; replace it")
-        return value
-
-    def _find(self, network: Network, name: str) -> Path | None:
-        source = str(getattr(self.sources, network))
-        if source.startswith(hub.SCHEME):
-            return hub.download(source, name)
-        if not Path(source).is_dir():
-            raise UsageError(f"model.init_from: no such {network}: {source}; correct it")
-        path = Path(source, name)
-        return path if path.is_file() else None
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFlowSource:
-    """A TensorFlow checkpoint of google-research/electra: its prefix."""
-
-    prefix: str
-
-    def configs(self) -> Configs:
-        arguments = {"checkpoint": self.prefix, "out": None}
-        configs: Configs = subprocesses.call("electra_wrap.weights", "to_transformers", arguments)
-        for config in configs.values():
-            config["num_attention_heads"] = None  # a checkpoint does not tell
-        return configs
-
-    def tokenizer(self) -> dict[str, Any]:
-        return {}
-
-    def files(self) -> list[Path]:
-        prefix = Path(self.prefix)
-        return sorted(prefix.parent.glob(f"{prefix.name}.*"))
-
-    def export(self, out: Path, *, optimizer: bool) -> dict[Network, Path]:
-        arguments = {"checkpoint": self.prefix, "out": str(out), "slots": optimizer}
-        subprocesses.call("electra_wrap.weights", "to_transformers", arguments)
-        return {network: out / network for network in NETWORKS}
-
-
-def find(init_from: str | TwoModels) -> Source:
-    """Return the source that `model.init_from` names. UsageError if there is none."""
+    Those of models on a hub include their commits.
+    """
+    exported, path = out / "exported", Path(str(init_from))
+    own, tokenizer = profile.explicit(), dict[str, Any]()
+    models: dict[Network, Path] = {network: exported / network for network in NETWORKS}
+    if isinstance(init_from, str) and all((path / network).is_dir() for network in NETWORKS):
+        init_from = TwoModels(**{network: str(path / network) for network in NETWORKS})
     if isinstance(init_from, TwoModels):
-        return ModelsSource(init_from)
-    path = Path(init_from)
-    if (path / MANIFEST).is_file():
-        return RunSource(path)
-    if (path / "discriminator").is_dir() and (path / "generator").is_dir():
-        return ModelsSource(TwoModels(**{network: str(path / network) for network in NETWORKS}))
-    if init_from.startswith(hub.SCHEME) or (path / "config.json").is_file():
-        both = 'init_from = {discriminator = "…", generator = "…"}'
-        raise UsageError(f"{init_from} is one model, and a training needs two; set {both}")
-    if not path.exists() and not Path(f"{init_from}.index").exists():
+        models = {network: _find_model(getattr(init_from, network)) for network in NETWORKS}
+        init_from = _pin(init_from, models)
+        tokenizer = _describe_tokenizer(init_from.discriminator)
+    elif (path / MANIFEST).is_file():
+        source = Run.open(path)
+        exported.mkdir()
+        engine_of(source).export(source, checkpoints.require(source.model_dir, None), exported)
+        tokenizer = {"source": str(source.vocabulary), **source.profile.tokenizer.normalization}
+    elif path.exists() or Path(f"{path}.index").exists():
+        heads = {"discriminator": own.get("model.num_attention_heads")}
+        job = {"checkpoint": weights.find_prefix(str(path)), "out": str(exported), "heads": heads}
+        subprocesses.call("electra_wrap.weights", "to_transformers", job)
+    else:
         kinds = "a run, its hf/, a TensorFlow checkpoint or two models of transformers"
         raise UsageError(f"model.init_from = {init_from!r} is not there; give {kinds}")
-    return TensorFlowSource(weights.find_prefix(init_from))
+    configs = weights.collect(models, out)
+    files.remove(exported)
+    found = _keys(configs["discriminator"], configs["generator"])
+    found |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    chosen = profile.tokenizer.source or tokenizer.get("source", "")
+    size = configs["discriminator"]["vocab_size"]
+    _refuse_other_vocabulary(chosen, tokenizer.get("source"), size)
+    found["tokenizer.source"] = chosen
+    for key in found.keys() & own.keys():
+        if not _is_close(own[key], found[key]):
+            message = f"{key} = {own[key]!r}, but the weights in model.init_from have"
+            raise UsageError(f"{message} {found[key]!r}; remove the key")
+    pinned = init_from if isinstance(init_from, str) else init_from.model_dump()
+    return {**found, **own, "model.init_from": pinned}
 
 
-def resolve(init_from: str | TwoModels) -> tuple[Any, dict[str, Any], int]:
-    """Return `model.init_from` with the commits of models on a hub, and what follows from it.
+def _find_model(source: str) -> Path:
+    """Return the directory with config.json and model.safetensors of a model of transformers."""
+    paths = [_find(source, name) for name in ("config.json", "model.safetensors")]
+    if None in paths:
+        raise UsageError(f"{source} has no config.json or no model.safetensors; save both there")
+    return Path(str(paths[0])).parent
 
-    That is the value of each dotted key of the profile, and the size of the vocabulary.
-    """
-    if isinstance(init_from, TwoModels):
-        init_from = ModelsSource(init_from).pinned()
-    source = find(init_from)
-    configs = source.configs()
-    discriminator, generator = (configs[network] for network in NETWORKS)
+
+def _find(source: str, name: str) -> Path | None:
+    """Return a file of a model on a hub or on disk; None if the model lacks it."""
+    if source.startswith(hub.SCHEME):
+        return hub.download(source, name)
+    if not Path(source).is_dir():
+        raise UsageError(f"model.init_from: there is no {source}; correct it")
+    path = Path(source, name)
+    return path if path.is_file() else None
+
+
+def _pin(sources: TwoModels, models: dict[Network, Path]) -> TwoModels:
+    """Return the sources with the commits of those on a hub, which name their directories."""
+    pinned: dict[Network, str] = {}
+    for network in NETWORKS:
+        source: str = getattr(sources, network)
+        remote = source.startswith(hub.SCHEME)
+        pinned[network] = f"{source.partition('@')[0]}@{models[network].name}" if remote else source
+    return TwoModels(**pinned)
+
+
+def _describe_tokenizer(source: str) -> dict[str, Any]:
+    """Return the keys of the profile's tokenizer for a model; empty without a vocabulary."""
+    vocabulary = _find(source, "vocab.txt") or _find(source, "tokenizer.json")
+    if vocabulary is None:
+        return {}
+    path = _find(source, "tokenizer_config.json")
+    try:
+        config = json.loads(path.read_text("utf-8")) if path else {}
+        lowercase = bool(config.get("do_lower_case", True))  # the default of transformers
+    except (ValueError, AttributeError):
+        raise UsageError(f"{path} is damaged; replace it") from None
+    accents = config.get("strip_accents")
+    return {
+        "source": source if source.startswith(hub.SCHEME) else str(vocabulary),
+        "lowercase": lowercase,
+        "strip_accents": lowercase if accents is None else bool(accents),
+    }
+
+
+def _keys(discriminator: dict[str, Any], generator: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of the profile's model for the config.json of both networks."""
     for key in ("vocab_size", "embedding_size", "max_position_embeddings"):
         if discriminator[key] != generator[key]:
             sizes = f"{key} is {discriminator[key]:,} for the discriminator"
@@ -235,33 +155,33 @@ def resolve(init_from: str | TwoModels) -> tuple[Any, dict[str, Any], int]:
             raise UsageError(f"model.init_from: {sizes}; name both networks of one ELECTRA")
     hidden, layers = discriminator["hidden_size"], discriminator["num_hidden_layers"]
     names = [name for name, size in SIZES.items() if size == (hidden, layers)]
-    keys = {
-        "size": names[0] if names else "small",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "embedding_size": discriminator["embedding_size"],
-        "num_attention_heads": discriminator["num_attention_heads"],
-        "intermediate_size": discriminator["intermediate_size"],
-        "max_position_embeddings": discriminator["max_position_embeddings"],
-        "generator_hidden_size": generator["hidden_size"] / hidden,
-        "generator_layers": generator["num_hidden_layers"] / layers,
-        "generator_num_attention_heads": generator["num_attention_heads"],
-        "generator_intermediate_size": generator["intermediate_size"],
+    found: dict[str, Any] = {
+        "model.size": names[0] if names else "small",
+        "model.generator_hidden_size": generator["hidden_size"] / hidden,
+        "model.generator_layers": generator["num_hidden_layers"] / layers,
+        "model.generator_num_attention_heads": generator["num_attention_heads"],
+        "model.generator_intermediate_size": generator["intermediate_size"],
     }
-    found = {f"model.{key}": value for key, value in keys.items()}
-    found |= {f"tokenizer.{key}": value for key, value in source.tokenizer().items()}
-    value = init_from if isinstance(init_from, str) else init_from.model_dump()
-    return value, found, discriminator["vocab_size"]
+    for key in OF_WEIGHTS["model"]:
+        found.setdefault(f"model.{key}", discriminator.get(key))
+    return found
 
 
-def refuse_other_vocabulary(source: str, expected: str | None, size: int) -> None:
+def _is_close(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or fractions that are equal to three digits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return bool(one == other)
+
+
+def _refuse_other_vocabulary(source: str, expected: str | None, size: int) -> None:
     """Raise UsageError unless `tokenizer.source` is the vocabulary of the weights.
 
     `expected` is that vocabulary; if it is not known, only its size is compared.
     """
-    if source == "train":
-        problem = 'tokenizer.source = "train", but the weights in model.init_from have a vocabulary'
-        raise UsageError(f"{problem} already; name it, or remove the key")
+    if source in ("", "train"):
+        problem = f"tokenizer.source = {source!r}, but the weights in model.init_from have"
+        raise UsageError(f"{problem} a vocabulary already; name it")
     tokens = vocab.read(vocab.locate(source))
     others = vocab.read(vocab.locate(expected)) if expected else []
     for number, (token, other) in enumerate(zip(tokens, others, strict=False)):
@@ -271,42 +191,3 @@ def refuse_other_vocabulary(source: str, expected: str | None, size: int) -> Non
     if len(tokens) != size:
         problem = f"{source} has {len(tokens):,} tokens, but the weights in model.init_from"
         raise UsageError(f"{problem} have {size:,}; give the vocabulary they were trained with")
-
-
-def identity(run: Run, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """Return what tells other weights from these, as inputs of the training."""
-    init_from = run.profile.model.init_from
-    if init_from is None:
-        return {}
-    names = init_from.model_dump().values() if isinstance(init_from, TwoModels) else ()
-    lines = [name for name in names if name.startswith(hub.SCHEME)]  # with its commit
-    lines += [f"{digest(file)}  {file.name}" for file in find(init_from).files()]
-    weights = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return {"model.init_from": weights, "model.init_optimizer": run.profile.model.init_optimizer}
-
-
-def prepare(run: Run) -> None:
-    """Verify the weights, and write them to DIRECTORY for an engine's `import_checkpoint`.
-
-    UsageError unless they are the complete and finite weights of one ELECTRA.
-    """
-    settings = run.profile.model
-    if settings.init_from is None:
-        return
-    log("train: reads the weights in model.init_from")
-    with files.new_directory(run.directory / DIRECTORY, replace=True) as out:
-        exported = out / "exported"
-        source = find(settings.init_from)
-        models = source.export(exported, optimizer=settings.init_optimizer)
-        size = read_hf_config(models["discriminator"])["vocab_size"]
-        configs = {network: run.profile.hf_config(network, size) for network in NETWORKS}
-        arguments = {
-            "models": {network: str(directory) for network, directory in models.items()},
-            "configs": configs,
-            "out": str(out),
-            "optimizer": settings.init_optimizer,
-        }
-        subprocesses.call("electra_wrap.native.exchange", "collect", arguments)
-        for network, config in configs.items():
-            files.write_json(out / network / "config.json", config)
-        files.remove(exported)

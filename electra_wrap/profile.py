@@ -10,18 +10,15 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from electra_wrap.errors import PASSWORD, UsageError
-from electra_wrap.files import read_text
+from electra_wrap.errors import UsageError
 
 EngineName = Literal["native", "upstream"]
-ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
-
 Network = Literal["discriminator", "generator"]
 NETWORKS: tuple[Network, Network] = ("discriminator", "generator")
 
@@ -31,19 +28,19 @@ SIZES = {"small": (256, 12), "base": (768, 12), "large": (1024, 24)}
 #: Rows of the position embeddings, whatever the training length (BertConfig's default in the pin).
 POSITIONS = 512
 
-#: Most rows of the position embeddings.
-MAX_POSITIONS = 4096
-
-#: Files that a run keeps open at once, one for each shard, are limited by the system.
-MAX_SHARDS = 1000
-
-#: Most layers of a network. Each takes time to build, however small it is.
-MAX_LAYERS = 2**10
+#: Keys that follow from the weights in model.init_from, by section.
+OF_WEIGHTS = {
+    "model": (
+        *("size", "hidden_size", "num_hidden_layers", "embedding_size", "num_attention_heads"),
+        *("intermediate_size", "max_position_embeddings", "generator_hidden_size"),
+        *("generator_layers", "generator_num_attention_heads", "generator_intermediate_size"),
+    ),
+    "tokenizer": ("source", "sha256", "vocab_size", "sample_bytes", "lowercase", "strip_accents"),
+}
 
 Positive = Annotated[int, Field(gt=0, lt=2**40)]
 Size = Annotated[int, Field(gt=0, le=2**16)]
 VocabSize = Annotated[int, Field(gt=0, le=2**24)]
-Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 NotNegative = Annotated[int, Field(ge=0, lt=2**40)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -74,13 +71,11 @@ class Corpus(_Section):
     deduplicate: Literal["off", "lines", "documents"] = "off"
     blank_lines_separate_documents: bool = True
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    shards: Annotated[int, Field(gt=0, le=MAX_SHARDS)] = 16
+    shards: Annotated[int, Field(gt=0, le=1000)] = 16
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.sources or not all(self.sources):
             yield "source", "it names nothing; give files, globs, URLs or directories"
-        if any(map(PASSWORD.search, self.sources)):
-            yield "source", "a URL contains a password; write an environment variable: ${NAME}"
         if self.sha256 and len(self.sources) > 1:
             yield "sha256", "it is the digest of one file; name one file in corpus.source"
         if self.deduplicate == "documents" and not self.blank_lines_separate_documents:
@@ -92,9 +87,12 @@ class Corpus(_Section):
 
 
 class Tokenizer(_Section):
-    """The WordPiece vocabulary, and how text is normalized before it is tokenized."""
+    """The WordPiece vocabulary, and how text is normalized before it is tokenized.
 
-    source: str
+    `source` is empty if the vocabulary is that of the weights in model.init_from.
+    """
+
+    source: str = ""
     sha256: Digest | None = None
     vocab_size: VocabSize | None = None
     sample_bytes: Positive | None = None
@@ -131,12 +129,11 @@ class Model(_Section):
     """The sizes of both networks, and the weights that a training starts from."""
 
     init_from: str | TwoModels | None = None
-    init_optimizer: bool = False
     size: Literal["small", "base", "large"] = "small"
-    max_seq_length: Annotated[int, Field(ge=8, le=MAX_POSITIONS)] = 128
-    max_position_embeddings: Annotated[int, Field(ge=8, le=MAX_POSITIONS)] = POSITIONS
+    max_seq_length: Annotated[int, Field(ge=8, le=4096)] = 128
+    max_position_embeddings: Annotated[int, Field(ge=8, le=4096)] = POSITIONS
     hidden_size: Size | None = None
-    num_hidden_layers: Layers | None = None
+    num_hidden_layers: Size | None = None
     embedding_size: Size | None = None
     num_attention_heads: Size | None = None
     intermediate_size: Size | None = None
@@ -147,8 +144,6 @@ class Model(_Section):
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.init_optimizer and not self.init_from:
-            yield "init_optimizer", "there is no model.init_from; name the run to start from"
         if self.max_seq_length > self.max_position_embeddings:
             positions = f"model.max_position_embeddings = {self.max_position_embeddings}"
             yield "max_seq_length", f"it is larger than {positions}; change one of them"
@@ -240,11 +235,13 @@ class Profile(_Section):
     model_name: FileName
     engine: EngineName = "upstream"
     corpus: Corpus
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     model: Model = Field(default_factory=Model)
     train: Train
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.tokenizer.source and not self.model.init_from:
+            yield "tokenizer.source", 'it is missing; give a file, hf://NAME or "train"'
         if self.train.evaluate_every and not self.corpus.held_out:
             yield "train.evaluate_every", "no text is held out; set corpus.held_out, e.g. 0.005"
         if self.engine == "upstream":
@@ -266,15 +263,31 @@ class Profile(_Section):
         shape, positions = self.model.shape(network), self.model.max_position_embeddings
         return hf_config(network, shape, vocab_size, positions)
 
-    def flat(self) -> dict[str, Any]:
-        """Return all values by dotted key."""
-        flat: dict[str, Any] = {}
-        for name, value in self.model_dump().items():
-            if isinstance(value, dict):
-                flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-            else:
-                flat[name] = value
-        return flat
+    def explicit(self) -> dict[str, Any]:
+        """Return the keys of `OF_WEIGHTS` that the profile sets, by dotted name."""
+        return {
+            f"{section}.{key}": getattr(getattr(self, section), key)
+            for section, keys in OF_WEIGHTS.items()
+            for key in keys
+            if key in getattr(self, section).model_fields_set
+        }
+
+    def known_values(self) -> dict[str, Any]:
+        """Return all values but those that follow from weights which were not read yet."""
+        values = self.model_dump()
+        if self.model.init_from:
+            for section, keys in OF_WEIGHTS.items():
+                for key in set(keys) - getattr(self, section).model_fields_set:
+                    del values[section][key]
+        return values
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return the profile with other values of keys, by dotted name."""
+        dumped = self.model_dump()
+        for dotted, value in values.items():
+            section, _, key = dotted.partition(".")
+            dumped[section][key] = value
+        return self.model_validate(dumped)
 
     def parameters(self, network: Network, vocab_size: int) -> int:
         """Return about how many parameters a network has; biases, under 1%, are left out."""
@@ -309,37 +322,21 @@ def hf_config(
     }
 
 
-def select_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes and constants of an ELECTRA in the contents of a config.json.
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """Return the sizes and constants in the config.json of an ELECTRA of any origin.
 
-    Its other keys are left out: some have transformers fetch and run code. KeyError, TypeError,
-    ValueError or OverflowError if a size is missing or no number.
+    Its other keys are left out: some have transformers fetch and run code. UsageError if a size is
+    missing or no number.
     """
     example = hf_config("generator", Shape(1, 1, 1, 1, 1), vocab_size=1)
-    keys = example.keys() - {"architectures", "model_type", "dtype"}
     sizes = ["vocab_size", *(field.name for field in dataclasses.fields(Shape))]
-    selected = {key: config[key] for key in keys if key in config}
-    return selected | {name: int(config[name]) for name in sizes}
-
-
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """Return the sizes and constants in the config.json of a model of any origin.
-
-    UsageError unless sizes are complete and model.safetensors has room for so many parameters.
-    """
     try:
-        config = select_sizes(json.loads(read_text(directory / "config.json")))
-        shape = Shape(**{field.name: config[field.name] for field in dataclasses.fields(Shape)})
-        parameters = shape.matrix_parameters + config["vocab_size"] * shape.embedding_size
-        available = (directory / "model.safetensors").stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        message = f"{directory} has no ELECTRA for transformers ({error})"
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        selected = {key: config[key] for key in example if key in config}
+        return selected | {name: int(config[name]) for name in sizes}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{directory} has no ELECTRA for transformers ({error!r})"
         raise UsageError(f"{message}; give a directory with it") from None
-    if parameters > available or shape.num_hidden_layers > MAX_LAYERS:
-        message = f"{directory}: config.json has {shape.num_hidden_layers:,} layers and"
-        message += f" {parameters:,} parameters, but model.safetensors has {available:,} bytes"
-        raise UsageError(f"{message}; give an intact model")
-    return config
 
 
 def toml(values: Mapping[str, Any]) -> str:

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from electra_wrap import files
 from electra_wrap.errors import UsageError
-from electra_wrap.events import Evaluation
 from electra_wrap.profile import EngineName, Profile
 
 MANIFEST = "manifest.json"
 
 #: Version of the manifest's format.
-FORMAT = 2
+FORMAT = 3
+
+#: Names of the directories of each engine's examples: for training, and held out.
+EXAMPLES: dict[EngineName, tuple[str, str]] = {
+    "native": ("examples", "heldout_examples"),
+    "upstream": ("pretrain_tfrecords", "heldout_tfrecords"),
+}
+
+
+class Record(BaseModel):
+    """What a stage was made from, and how it ended."""
+
+    inputs: dict[str, Any]
+    started: str
+    done: bool = False
+    seconds: float = 0.0
+    results: dict[str, Any] = {}
+
+
+class ModelRecord(BaseModel):
+    """What is known of a model: a run directory may hold several."""
+
+    #: The metrics of each step that was evaluated.
+    evaluations: dict[int, dict[str, float]] = {}
+    #: What the last attempt to train it ran on (`events.Setup`).
+    setup: dict[str, str] = {}
+    #: What model.init_from gave when the training began (initial_weights.py).
+    initial: dict[str, Any] = {}
+
+
+class Manifest(BaseModel):
+    """The contents of manifest.json."""
+
+    format: int = FORMAT
+    stages: dict[str, Record] = {}
+    models: dict[str, ModelRecord] = {}
 
 
 class Run:
     """A profile in a run directory: its paths, its manifest and its lock.
-
-    The manifest records for each stage what it was made from and how it ended, and for each model
-    its evaluations. It also caches the SHA-256 of every file by size and modification time, so
-    that asking whether a file changed costs a `stat`. Damage by a disk may keep both: before files
-    are used, `forget_digests` has them read again.
 
     `upstream` is where to fetch google-research/electra from; `launch` starts the native trainer.
     """
@@ -43,12 +70,10 @@ class Run:
         launch: str | None = None,
     ) -> None:
         self.profile = profile
-        self.directory = Path(os.path.realpath(directory))  # resolve() raises an error for loops
+        self.directory = directory.absolute()
         self.upstream = upstream
         self.launch = launch
-        self.manifest = read_manifest(self.directory)
-        #: The evaluation with which training ended, until the stage `evaluate` takes it over.
-        self.last_evaluation: Evaluation | None = None
+        self.manifest = _read_manifest(self.directory)
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -56,14 +81,37 @@ class Run:
 
         UsageError if the directory is not a run directory.
         """
-        read_manifest(directory)
-        profile = read_profile(directory)
-        if profile is None:
+        _read_manifest(directory)
+        try:
+            text = (directory / "profile.json").read_text(encoding="utf-8")
+            return cls(Profile.model_validate_json(text), directory)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             raise UsageError(
                 f"{directory} is not a run directory: it has no valid profile.json; give one that "
                 "`run` made"
-            )
-        return cls(profile, directory)
+            ) from None
+
+    def save(self) -> None:
+        """Write the manifest."""
+        files.write_json(self.directory / MANIFEST, self.manifest.model_dump())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory. UsageError if another process holds it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with files.lock(self.directory / ".lock"):
+            self.manifest = _read_manifest(self.directory)  # another process may have run
+            yield
+
+    def results(self, stage: str) -> dict[str, Any]:
+        """Return what a stage reported when it last finished; empty if it never did."""
+        record = self.manifest.stages.get(stage)
+        return record.results if record else {}
+
+    @property
+    def model(self) -> ModelRecord:
+        """The manifest's entry of the model."""
+        return self.manifest.models.setdefault(self.profile.model_name, ModelRecord())
 
     @property
     def corpus(self) -> Path:
@@ -76,6 +124,27 @@ class Run:
     @property
     def vocabulary(self) -> Path:
         return self.directory / "vocab.txt"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens in vocab.txt, 0 before the stage `vocab`."""
+        return int(self.results("vocab").get("vocab_size", 0))
+
+    @property
+    def examples_record(self) -> str:
+        """Name of the manifest's entry of the examples, which differ between engines."""
+        return f"examples {self.profile.engine}"
+
+    @property
+    def examples(self) -> tuple[Path, Path]:
+        """The directories of the engine's examples: for training, and held out."""
+        training, held_out = EXAMPLES[self.profile.engine]
+        return self.directory / training, self.directory / held_out
+
+    @property
+    def initial(self) -> Path:
+        """The verified weights in model.init_from, as two models, until training ends."""
+        return self.directory / "initial"
 
     @property
     def model_dir(self) -> Path:
@@ -91,161 +160,27 @@ class Run:
         return self.directory / "hf"
 
     def log_file(self, name: str) -> Path:
-        return self.directory / "logs" / f"{name}.log"
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens in vocab.txt; without a readable one, the number it last had."""
-        try:
-            text = self.vocabulary.read_text(encoding="utf-8")
-            return len(text.removesuffix("\n").split("\n"))
-        except (FileNotFoundError, ValueError):
-            return int(self.results("vocab").get("vocab_size", 0))
-
-    def record(self, stage: str) -> dict[str, Any]:
-        """Return the manifest's entry of a stage; empty if the stage never ran."""
-        return dict(self.manifest["stages"].get(stage, {}))
-
-    def results(self, stage: str) -> dict[str, Any]:
-        """Return what a stage reported when it last ran; empty if it never finished."""
-        return dict(self.record(stage).get("results", {}))
-
-    @property
-    def examples_record(self) -> str:
-        """Name of the manifest's entry of the examples, which differ between engines."""
-        return f"examples {self.profile.engine}"
-
-    @property
-    def train_record(self) -> str:
-        """Name of the manifest's entry of the training: a run directory may hold several models."""
-        return f"train {self.profile.model_name}"
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """The manifest's entry of the model."""
-        models: dict[str, dict[str, Any]] = self.manifest["models"]
-        return models.setdefault(self.profile.model_name, {})
-
-    def digest(self, path: Path) -> str:
-        """Return the SHA-256 of a file, or of a directory's sorted file names and digests.
-
-        FileNotFoundError if it does not exist.
-        """
-        if path.is_dir():
-            names = sorted(p for p in path.rglob("*") if p.is_file())
-            lines = "".join(f"{self.digest(p)}  {p.relative_to(path)}\n" for p in names)
-            return hashlib.sha256(os.fsencode(lines)).hexdigest()
-        status = path.stat()
-        state = [status.st_size, status.st_mtime_ns]
-        cached = self.manifest["digests"].get(self._cache_key(path))
-        if cached and cached[:2] == state:
-            return str(cached[2])
-        digest = files.sha256(path)
-        self.manifest["digests"][self._cache_key(path)] = [*state, digest]
-        return digest
-
-    def forget_digests(self, directory: Path) -> None:
-        """Have `digest` read the files under a directory again."""
-        cached = self.manifest["digests"]
-        for key in list(cached):
-            if (self.directory / key).is_relative_to(directory):
-                del cached[key]
-
-    def _cache_key(self, path: Path) -> str:
-        # Relative inside the run directory, so that a run can be moved.
-        inside = path.is_relative_to(self.directory)
-        return str(path.relative_to(self.directory) if inside else path)
-
-    @contextlib.contextmanager
-    def lock(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold the run directory. UsageError, naming the holder, if another process holds it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with files.lock(self.directory / ".lock", shared=shared):
-            self.manifest = read_manifest(self.directory)  # another process may have run
-            yield
-
-    def save(self) -> None:
-        """Write the manifest."""
-        files.write_json(self.directory / MANIFEST, self.manifest)
+        path = self.directory / "logs" / f"{name}.log"
+        path.parent.mkdir(exist_ok=True)
+        return path
 
 
-Step = Annotated[str, Field(pattern=r"^\d{1,15}$")]
-
-
-class _Record(BaseModel, extra="allow", strict=True):
-    """The manifest's entry of a stage."""
-
-    outcome: str
-    inputs: dict[str, Any]
-    versions: dict[str, str]
-    outputs: dict[str, str] = {}
-    results: dict[str, Any] = {}
-    started: str = ""
-    seconds: float = 0
-
-
-class _Segment(BaseModel, strict=True):
-    engine: EngineName
-    from_step: int
-    to_step: int
-
-
-class _Model(BaseModel, strict=True):
-    trained_by: list[_Segment] = []
-    precision: str | None = None
-    evaluations: dict[EngineName, dict[Step, dict[str, float]]] = {}
-
-
-class _Manifest(BaseModel, strict=True):
-    stages: dict[str, _Record]
-    digests: dict[str, tuple[int, int, str]]
-    models: dict[str, _Model]
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> Manifest:
     """Return a run directory's manifest; an empty one if there is none.
 
-    UsageError if it is damaged or has another version's format, or if the run directory has links
-    or pipes.
+    UsageError if it is damaged or has another version's format.
     """
-    _refuse_special_files(directory)
     path = directory / MANIFEST
-    empty: dict[str, Any] = {"format": FORMAT, "stages": {}, "digests": {}, "models": {}}
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        if isinstance(manifest, dict) and manifest.get("format", 1) != FORMAT:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("format") != FORMAT:
             raise UsageError(
                 f"{directory} was made by another version of electra_wrap; continue it with that "
                 "version, or choose another --run-dir"
             )
-        _Manifest.model_validate_json(text)
-        return empty | {key: manifest[key] for key in ("stages", "digests", "models")}
+        return Manifest.model_validate(values)
     except (FileNotFoundError, NotADirectoryError):
-        return empty
-    except (ValueError, RecursionError):
+        return Manifest()
+    except ValueError:
         message = f"{path} is damaged; restore it from a backup, or choose another --run-dir"
         raise UsageError(message) from None
-
-
-def _refuse_special_files(directory: Path) -> None:
-    """Raise UsageError if something in a directory is neither a file nor a directory.
-
-    Through a link, a run would write elsewhere. Reading a pipe or a device may never end.
-    """
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:  # it may not exist yet
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                _refuse_special_files(Path(entry))
-            elif not entry.is_file(follow_symlinks=False):
-                problem = f"{entry.path} is a link, a pipe or a device in a run directory"
-                raise UsageError(f"{problem}; replace it, or link the whole run directory")
-
-
-def read_profile(directory: Path) -> Profile | None:
-    """Return the profile that a run directory last ran with; None if there is none."""
-    try:
-        text = (directory / "profile.json").read_text(encoding="utf-8")
-        return Profile.model_validate_json(text)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None

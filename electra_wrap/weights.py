@@ -4,22 +4,22 @@ The tables below are the mapping. TensorFlow multiplies inputs with a kernel [in
 a weight [out, in]: kernels are transposed, nothing else changes. A variable of a checkpoint that is
 neither in the tables nor in `NOT_WEIGHTS` is an error.
 
-Run as a module (`subprocesses.call`), because it imports TensorFlow.
+`to_transformers` and `to_tensorflow` import TensorFlow: call them through `subprocesses.call`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from electra_wrap import subprocesses
 from electra_wrap.errors import UsageError
 from electra_wrap.files import write_json
 from electra_wrap.profile import NETWORKS, Network, Shape, hf_config, read_hf_config
@@ -80,6 +80,10 @@ GENERATOR_HEAD = {
     "generator_predictions/LayerNorm/beta": "generator_predictions.LayerNorm.bias",
     "generator_predictions/output_bias": "generator_lm_head.bias",
 }
+
+#: Keys of config.json of which both engines support one value, or the value that weights have.
+FIXED = ("vocab_size", *(field.name for field in dataclasses.fields(Shape)))
+FIXED += ("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps")
 
 #: Variables that no model has: the optimizer's, the step, and the temperature of released models.
 NOT_WEIGHTS = re.compile(r"^global_step$|/adam_[mv]$|(^|/)temperature$")
@@ -146,42 +150,36 @@ def describe(
 
 def to_transformers(
     checkpoint: str,
-    out: str | None,
+    out: str,
     *,
-    networks: Sequence[Network] = NETWORKS,
     heads: Mapping[Network, int | None] = {},
     expected: Mapping[Network, Mapping[str, Any]] = {},
-    slots: bool = False,
 ) -> dict[Network, dict[str, Any]]:
     """Write `out`/NETWORK for each network, as transformers loads it, and return their configs.
 
-    Without `out`, the values are not read. `checkpoint` is a prefix, e.g. model.ckpt-100. `heads`
-    overrides the number of attention heads. `expected` holds config.json values that the checkpoint
-    must have. With `slots`, the optimizer's are written beside each model as adam_m.safetensors and
-    adam_v.safetensors. UsageError for anything but a complete ELECTRA checkpoint with finite
-    values.
+    `checkpoint` is a prefix, e.g. model.ckpt-100; both paths are absolute. `heads` overrides the
+    number of attention heads. `expected` holds config.json values that the checkpoint must have.
+    UsageError for anything but a complete ELECTRA checkpoint with finite values.
     """
     import tensorflow as tf
 
-    configs: dict[Network, dict[str, Any]] = {}
-    mappings: dict[Network, dict[str, str]] = {}
+    configs, mappings = dict[Network, dict[str, Any]](), dict[Network, dict[str, str]]()
+    path = Path(checkpoint)
     try:
-        reader = tf.train.load_checkpoint(checkpoint)
-        shapes = {name: tuple(s) for name, s in reader.get_variable_to_shape_map().items()}
-        for network in networks:
-            config, mappings[network] = describe(network, shapes, heads.get(network))
-            _refuse_difference(network, config, expected.get(network, {}))
-            configs[network] = config
-        _refuse_unknown_variables(shapes)
-        if out is None:
-            return configs
-        for network, names in mappings.items():
-            directory = Path(out) / network
-            directory.mkdir(parents=True)
-            write_json(directory / "config.json", configs[network])
-            _write(directory / "model.safetensors", reader, names)
-            for slot in SLOTS if slots else ():
-                _write(directory / f"{slot}.safetensors", reader, names, f"/{slot}")
+        # In its directory: TensorFlow takes a path with [, ], * or ? for a pattern.
+        with contextlib.chdir(path.parent):
+            reader = tf.train.load_checkpoint(path.name)
+            shapes = {name: tuple(s) for name, s in reader.get_variable_to_shape_map().items()}
+            for network in NETWORKS:
+                configs[network], mappings[network] = describe(network, shapes, heads.get(network))
+                _refuse_difference(network, configs[network], expected.get(network, {}))
+            known = {variable for names in mappings.values() for variable in names}
+            _refuse_unknown_variables(shapes.keys() - known)
+            for network, names in mappings.items():
+                directory = Path(out, network)
+                directory.mkdir(parents=True)
+                write_json(directory / "config.json", configs[network])
+                _write(directory / "model.safetensors", reader, names)
     except UsageError as error:
         raise UsageError(f"{checkpoint}: {error}") from None
     except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
@@ -196,36 +194,24 @@ def find_prefix(checkpoint: str, step: int | None = None) -> str:
     """Return the prefix of a checkpoint, e.g. DIRECTORY/model.ckpt-100.
 
     `checkpoint` is a prefix, its .index file, or a directory, of which the checkpoint of `step` or
-    the latest is chosen. UsageError if there is none or more than one.
+    that of the highest step is chosen. UsageError if there is none.
     """
-    path = Path(checkpoint)
-    if not path.is_dir():
-        prefix = checkpoint.removesuffix(".index")
-        if not Path(f"{prefix}.index").is_file():
-            fix = "give a directory, or a prefix like model.ckpt-1000"
-            raise UsageError(f"{checkpoint}: no checkpoint; {fix}")
-        return prefix
-    prefixes = sorted(index.with_suffix("") for index in path.glob("*.index"))
-    if step is not None:
-        prefixes = [prefix for prefix in prefixes if prefix.name.endswith(f"-{step}")]
-    elif (path / "checkpoint").is_file():
-        text = (path / "checkpoint").read_text(encoding="utf-8", errors="replace")
-        latest = re.search(r'^model_checkpoint_path: "(?:.*/)?([^"/]+)"$', text, re.M)
-        prefixes = [p for p in prefixes if latest and p.name == latest[1]] or prefixes
-    if len(prefixes) != 1:
-        names = ", ".join(prefix.name for prefix in prefixes) or "no checkpoint"
+    prefix: Path | None = Path(checkpoint.removesuffix(".index"))
+    if Path(checkpoint).is_dir():
+        by_step = {}
+        for index in sorted(Path(checkpoint).glob("*.index")):
+            number = re.search(r"-(\d+)$", index.stem)
+            by_step[int(number[1]) if number else 0] = index.with_suffix("")
+        prefix = by_step.get(max(by_step, default=0) if step is None else step)
+    if prefix is None or not Path(f"{prefix}.index").is_file():
         of_step = "" if step is None else f" of step {step}"
-        raise UsageError(f"{path} has {names}{of_step}; give the prefix of one checkpoint")
-    return str(prefixes[0])
+        fix = "give a directory, or a prefix like model.ckpt-1000"
+        raise UsageError(f"{checkpoint}: there is no checkpoint{of_step}; {fix}")
+    return str(prefix)
 
 
-def _refuse_unknown_variables(shapes: Shapes) -> None:
-    known: set[str] = set()
-    for network in NETWORKS:
-        with contextlib.suppress(UsageError):  # a checkpoint may hold one network alone
-            known.update(describe(network, shapes)[1])
-    unknown = sorted(name for name in shapes.keys() - known if not NOT_WEIGHTS.search(name))
-    if unknown:
+def _refuse_unknown_variables(variables: Iterable[str]) -> None:
+    if unknown := sorted(name for name in variables if not NOT_WEIGHTS.search(name)):
         message = f"variables that are not ELECTRA's: {_shorten(unknown)}"
         raise UsageError(f"{message}; give a pre-training checkpoint")
 
@@ -238,13 +224,13 @@ def _refuse_difference(network: str, config: dict[str, Any], expected: Mapping[s
             raise UsageError(f"{message}; {fix}")
 
 
-def _write(path: Path, reader: Any, names: Mapping[str, str], suffix: str = "") -> None:
+def _write(path: Path, reader: Any, names: Mapping[str, str]) -> None:
     """Write a checkpoint's variables as PyTorch has them. UsageError if a value is not finite."""
     tensors = {}
     for variable, pytorch in names.items():
-        value = np.asarray(reader.get_tensor(variable + suffix), dtype=np.float32)
+        value = np.asarray(reader.get_tensor(variable), dtype=np.float32)
         if not np.isfinite(value).all():
-            message = f"{variable}{suffix} has values that are not finite"
+            message = f"{variable} has values that are not finite"
             raise UsageError(f"{message}; choose an earlier checkpoint")
         tensors[pytorch] = np.ascontiguousarray(value.T if is_transposed(variable) else value)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -254,25 +240,21 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
     """Write `out`/model.ckpt-STEP, from which run_pretraining.py continues.
 
     `discriminator` and `generator` are directories of transformers' models. The optimizer's slots
-    are those beside the models, as `to_transformers` writes them, or zero as at the start of a
-    training. UsageError if the two are not the networks of one ELECTRA.
+    are zero, as at the start of a training. UsageError if the two are not the networks of one
+    ELECTRA.
     """
     directories = zip(NETWORKS, (discriminator, generator), strict=True)
-    models = {network: _open_model(network, Path(path)) for network, path in directories}
-    tied = _have_same_embeddings(*(files[0] for _, files in models.values()))
-    values = {"global_step": np.array(step, np.int64)}
-    for network, (config, files) in models.items():
+    models = {network: _load(Path(path)) for network, path in directories}
+    tied = _have_same_embeddings(*(tensors for _, tensors in models.values()))
+    values: dict[str, np.ndarray] = {"global_step": np.array(step, np.int64)}
+    for network, (config, tensors) in models.items():
         names = _names_in_upstream(network, config, tied)
-        parameters = set(files[0].keys()) - {"generator_lm_head.weight"}
-        if difference := sorted(parameters ^ set(names.values())):
-            message = f"{_shorten(difference)}: missing in or foreign to a {network}"
-            raise UsageError(f"{message}; give a complete pre-trained model")
+        _refuse_other_parameters(network, tensors, names.values())
         for variable, pytorch in names.items():
-            arrays = [file.get_tensor(pytorch).astype(np.float32) for file in files]
-            weight, *slots = (a.T if is_transposed(variable) else a for a in arrays)
-            values[variable] = weight
-            for slot, value in zip(SLOTS, slots or [np.zeros_like(weight)] * 2, strict=True):
-                values[f"{variable}/{slot}"] = value
+            array = tensors[pytorch].astype(np.float32)
+            values[variable] = array.T if is_transposed(variable) else array
+            for slot in SLOTS:
+                values[f"{variable}/{slot}"] = np.zeros_like(values[variable])
     import tensorflow as tf  # after the checks, which can do without
 
     tf.raw_ops.SaveV2(
@@ -284,22 +266,70 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
     tf.compat.v1.train.update_checkpoint_state(out, f"model.ckpt-{step}")
 
 
-def _open_model(network: Network, directory: Path) -> tuple[dict[str, int], list[Any]]:
-    """Return the sizes in a model's config.json, and its open safetensors files: weights, slots."""
-    slots = [path for slot in SLOTS if (path := directory / f"{slot}.safetensors").is_file()]
+def collect(models: Mapping[Network, Path], out: Path) -> dict[Network, dict[str, Any]]:
+    """Copy two models of transformers, directories, to `out`/NETWORK, and return their configs.
+
+    UsageError unless they are complete and finite, and share their embeddings: both engines train
+    such models.
+    """
+    configs, loaded = dict[Network, dict[str, Any]](), {}
+    for network, directory in models.items():
+        config, loaded[network] = _load(directory)
+        projection = config["embedding_size"] != config["hidden_size"]
+        names = mapping(network, config["num_hidden_layers"], projection=projection)
+        _refuse_other_parameters(network, loaded[network], names.values())
+        shapes = {
+            variable: loaded[network][pytorch].shape[:: -1 if is_transposed(variable) else 1]
+            for variable, pytorch in names.items()
+        }
+        configs[network], _ = describe(network, shapes, config["num_attention_heads"])
+        fixed = {key: config[key] for key in FIXED if key in config}
+        _refuse_difference(network, configs[network], fixed)
+        if bad := [name for name, value in loaded[network].items() if not np.isfinite(value).all()]:
+            problem = f"{directory}: {_shorten(bad)} has values that are not finite"
+            raise UsageError(f"{problem}; give another model")
+    if not _have_same_embeddings(loaded["discriminator"], loaded["generator"]):
+        problem = f"{models['generator']} has other embeddings than the discriminator"
+        raise UsageError(f"{problem}; give two networks that share them")
+    for network, tensors in loaded.items():
+        (out / network).mkdir()
+        save_file(tensors, out / network / "model.safetensors", {"format": "pt"})
+        write_json(out / network / "config.json", configs[network])
+    return configs
+
+
+def _load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the sizes in a model's config.json, and its weights. UsageError if they are damaged.
+
+    The word embeddings again and a constant, which some versions of transformers write, are left
+    out.
+    """
     config = read_hf_config(directory)
     try:
-        tensors = [safe_open(path, "numpy") for path in (directory / "model.safetensors", *slots)]
-        return config, tensors
+        tensors = load_file(directory / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        message = f"{directory}: no {network} of transformers ({error})"
+        message = f"{directory}: no model of transformers ({error})"
         raise UsageError(f"{message}; give its directory") from None
+    for name in ("generator_lm_head.weight", "electra.embeddings.position_ids"):
+        tensors.pop(name, None)
+    return config, tensors
 
 
-def _have_same_embeddings(discriminator: Any, generator: Any) -> bool:
-    names = [name for name in generator.keys() if name.startswith("electra.embeddings.")]  # noqa: SIM118
-    return set(names) <= set(discriminator.keys()) and all(
-        np.array_equal(discriminator.get_tensor(name), generator.get_tensor(name)) for name in names
+def _refuse_other_parameters(
+    network: Network, tensors: Mapping[str, np.ndarray], expected: Iterable[str]
+) -> None:
+    if difference := sorted(set(expected) ^ tensors.keys()):
+        message = f"{_shorten(difference)}: missing in or foreign to a {network}"
+        raise UsageError(f"{message}; give a complete pre-trained model")
+
+
+def _have_same_embeddings(
+    discriminator: Mapping[str, np.ndarray], generator: Mapping[str, np.ndarray]
+) -> bool:
+    names = [name for name in generator if name.startswith("electra.embeddings.")]
+    return all(
+        name in discriminator and np.array_equal(discriminator[name], generator[name])
+        for name in names
     )
 
 
@@ -319,7 +349,3 @@ def _names_in_upstream(network: Network, config: dict[str, int], tied: bool) -> 
 def _shorten(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-if __name__ == "__main__":
-    subprocesses.serve(to_transformers, to_tensorflow)

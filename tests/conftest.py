@@ -148,7 +148,7 @@ import argparse, os, struct
 from electra_wrap.upstream import records
 p = argparse.ArgumentParser()
 for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes",
-             "num-out-files", "seed", "blanks-separate-docs", "jobs"):
+             "num-out-files", "seed", "blanks-separate-docs"):
     p.add_argument("--" + name, required=True)
 for name in ("do-lower-case", "no-lower-case", "do-strip-accents", "no-strip-accents"):
     p.add_argument("--" + name, action="store_true")
@@ -160,6 +160,7 @@ def write_examples(job, a):
     print("job %d begins" % job, flush=True)
     if "CRASH" in text and not os.path.exists(os.path.join(os.path.dirname(a.corpus_dir), "fixed")):
         raise SystemExit("job %d failed" % job)
+    os.makedirs(a.output_dir, exist_ok=True)
     out = os.path.join(a.output_dir, "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files))
     with open(out, "wb") as f:
         for line in text.splitlines():
@@ -172,19 +173,19 @@ records.build(write_examples, p.parse_args())
 FAKE_TRAIN = """
 import argparse, json, os, re, time
 from pathlib import Path
-from electra_wrap.events import Evaluation, Step, emit
-from electra_wrap.files import write_checksums
+from electra_wrap import checkpoints
+from electra_wrap.events import Evaluation, Setup, Step, emit
 p = argparse.ArgumentParser()
 for name in ("data-dir", "model-name", "hparams"):
     p.add_argument("--" + name, required=True)
 a = p.parse_args()
 h = json.load(open(a.hparams))
-d = os.path.join(a.data_dir, "models", a.model_name)
+d = os.path.abspath(os.path.join(a.data_dir, "models", a.model_name))
 os.makedirs(d, exist_ok=True)
 state = os.path.join(d, "checkpoint")
 start = int(re.search(r"ckpt-(\\d+)", open(state).read())[1]) if os.path.exists(state) else 0
 print(os.environ["ELECTRA_WRAP_RUNTIME"], os.environ.get("CUDA_VISIBLE_DEVICES"))
-print("injected" if os.environ.get("PYTHONSTARTUP") or os.environ.get("HF_TOKEN") else "clean")
+emit(Setup({"device": "1 × CPU", "threads": os.environ.get("THREADS", "2")}))
 if h["learning_rate"] == 0.666:
     print("loss was NaN"); raise SystemExit(1)
 runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
@@ -199,7 +200,7 @@ for step in range(start + 1, runtime["stop"] + 1):
 files = [Path(d, "model.ckpt-%d%s" % (step, s)) for s in (".index", ".data-00000-of-00001")]
 for file in files:
     file.write_text(str(step))
-write_checksums(Path(d, "model.ckpt-%d.sha256" % step), files)
+checkpoints.finish(Path(d), step, files)
 open(state, "w").write('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
 """
 

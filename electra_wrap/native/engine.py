@@ -5,7 +5,6 @@ Children import PyTorch; this module does not.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -13,26 +12,17 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from electra_wrap import files, packages, subprocesses
-from electra_wrap.engine import Checkpoint, OnEvent
+from safetensors.numpy import load_file, save_file
+
+from electra_wrap import files, subprocesses
 from electra_wrap.errors import UsageError
+from electra_wrap.events import OnEvent
 from electra_wrap.native import examples
-from electra_wrap.native.checkpoints import (
-    CHECKSUMS,
-    checkpoint_path,
-    checkpoint_steps,
-    export_weights,
-    finish_checkpoint,
-)
 from electra_wrap.profile import NETWORKS
 from electra_wrap.run import Run
 
-NAME = "native"
 CREDIT = "electra_wrap's native engine, equal to google-research/electra's objective and optimizer"
-NO_GPU = "PyTorch sees none; install the NVIDIA driver and PyTorch's CUDA wheels"
-EXAMPLES = ("examples", "heldout_examples")
 
 #: Devices of the drivers of GPUs: NVIDIA's, Windows's in its Linux, AMD's.
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -44,23 +34,12 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 #: system, and a tenth of a step on a CPU would go into getting them again.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
-_PACKAGES = {
-    "examples": ("tokenizers", "numpy"),
-    "train": ("torch", "transformers", "accelerate"),
-    "convert": ("torch", "transformers", "safetensors"),
-}
-
-
-def versions(stage: str) -> dict[str, str]:
-    """Return the versions of the packages behind a stage."""
-    return packages.versions(*_PACKAGES[stage])
-
 
 def devices() -> list[str]:
     """Return the names of the GPUs that PyTorch sees."""
     if not any(map(os.path.exists, GPU_DRIVERS)):
         return []  # PyTorch would take seconds to say so
-    return list(subprocesses.call("electra_wrap.native.devices", "list_gpus", {}))
+    return list(subprocesses.call("electra_wrap.native.setup", "list_gpus", {}))
 
 
 def precision(requested: str, devices: Sequence[str]) -> str:
@@ -109,97 +88,48 @@ def _parse_launch(launch: str) -> list[str]:
     return [str(Path(program).absolute()), *words[1:]]
 
 
-def build_examples(
-    run: Run, text: Path, parts: Path, jobs: dict[str, Any], log: Path, on_event: OnEvent
-) -> None:
-    """Build one part under `parts` for each shard of `text`; `jobs` go to `parts.build`."""
-    job = {"profile": run.profile.model_dump(), "vocabulary": str(run.vocabulary)}
-    job |= {"text": str(text), "out": str(parts), "jobs": jobs}
-    argv = [sys.executable, "-s", "-m", "electra_wrap.native.examples", json.dumps(job)]
-    subprocesses.follow(argv, log=log, on_event=on_event)
-
-
-def join_examples(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
-    """Fill the directory `out` with one store of the examples of all parts of `text`."""
-    examples.join(parts, out, run.vocab_size)
-
-
-def import_records(run: Run, records: Path, out: Path) -> int:
-    """Write a store of upstream's records to `out`. Return the number of examples.
-
-    UsageError if they do not fit the profile.
-    """
-    job: dict[str, Any] = {"records": str(records), "out": str(out)}
-    job |= {"max_length": run.profile.model.max_seq_length, "vocab_size": run.vocab_size}
-    log = run.log_file("examples")
-    return int(subprocesses.call("electra_wrap.native.examples", "import_records", job, log=log))
+def build_examples(run: Run, text: Path, out: Path) -> int:
+    """Fill the directory `out` with a store of the examples of the shards in `text`."""
+    return examples.build_store(run.profile, run.vocabulary, text, out, run.log_file("examples"))
 
 
 def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
     """Train to the profile's last step, with a process for each GPU, or as --launch says."""
-    launcher = [sys.executable, "-s"]
+    launcher = [sys.executable]
     if run.launch:
         launcher = _parse_launch(run.launch)
     elif len(devices) > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         # Saving a checkpoint may take longer than its default of 30 s.
-        launcher.append(f"--shutdown-timeout={subprocesses.GRACE_PERIOD}")
+        launcher.append("--shutdown-timeout=300")
         launcher.append(f"--nproc-per-node={len(devices)}")
     argv = [*launcher, "-m", "electra_wrap.native.train", str(run.directory)]
     log = run.log_file("train")
     subprocesses.follow(argv, log=log, env=KEEP_MEMORY, on_event=on_event)
 
 
-def evaluate(run: Run, checkpoint: Checkpoint, devices: Sequence[str], on_event: OnEvent) -> None:
+def evaluate(run: Run, step: int, devices: Sequence[str], on_event: OnEvent) -> None:
     """Evaluate a checkpoint on the held-out examples, as `train` does."""
-    argv = [sys.executable, "-s", "-m", "electra_wrap.native.evaluate"]
-    argv += [str(run.directory), str(_path(checkpoint))]
+    argv = [sys.executable, "-m", "electra_wrap.native.evaluate", str(run.directory), str(step)]
     log = run.log_file("evaluate")
     subprocesses.follow(argv, log=log, env=KEEP_MEMORY, on_event=on_event)
 
 
-def checkpoints(directory: Path) -> list[Checkpoint]:
-    """Return the checkpoints in a directory, in the order of their steps."""
-    return [Checkpoint(NAME, step, directory) for step in checkpoint_steps(directory)]
+def checkpoint_path(model_dir: Path, step: int) -> Path:
+    """Return the directory of a checkpoint."""
+    return model_dir / f"step-{step}"
 
 
-def checksums(checkpoint: Checkpoint) -> Path:
-    """Return the file with the SHA-256 of each file of a checkpoint."""
-    return _path(checkpoint) / CHECKSUMS
-
-
-def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that hold a checkpoint's weights."""
-    return sorted(_path(checkpoint).rglob("model.safetensors"))
-
-
-def archive(checkpoint: Checkpoint) -> None:
-    """Rename a checkpoint so that it is no longer discovered."""
-    files.archive(_path(checkpoint))
-
-
-def _path(checkpoint: Checkpoint) -> Path:
-    return checkpoint_path(checkpoint.directory, checkpoint.step)
-
-
-def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = False) -> None:
-    """Write `out`/discriminator and `out`/generator for transformers.
-
-    With `optimizer`, Adam's slots are written beside each model.
-    """
-    configs = {network: run.profile.hf_config(network, run.vocab_size) for network in NETWORKS}
-    path = _path(checkpoint)
-    if optimizer:
-        job = {"checkpoint": str(path), "configs": configs, "out": str(out)}
-        subprocesses.call(
-            "electra_wrap.native.exchange", "export", job, log=run.log_file("convert")
-        )
-    else:
-        export_weights(path, out)
-    for network, config in configs.items():
-        files.write_json(out / network / "config.json", config)
-
-
-def import_checkpoint(run: Run, exported: Path, step: int) -> None:
-    """Make a checkpoint from the directory that another engine's `export` wrote."""
-    finish_checkpoint(exported, run.model_dir, step)
+def export(run: Run, step: int, out: Path) -> None:
+    """Write `out`/discriminator and `out`/generator for transformers, without PyTorch."""
+    tensors = load_file(checkpoint_path(run.model_dir, step) / "model.safetensors")
+    for name in NETWORKS:
+        # The networks share the embeddings, which the file has once.
+        weights = {
+            key.partition(".")[2]: tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}.") or ".electra.embeddings." in key
+        }
+        (out / name).mkdir(parents=True)
+        save_file(weights, out / name / "model.safetensors", {"format": "pt"})
+        files.write_json(out / name / "config.json", run.profile.hf_config(name, run.vocab_size))

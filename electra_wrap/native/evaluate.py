@@ -1,4 +1,4 @@
-"""Evaluation on the held-out examples: `python -m electra_wrap.native.evaluate RUN_DIR CHECKPOINT`.
+"""Evaluation on the held-out examples: `python -m electra_wrap.native.evaluate RUN_DIR STEP`.
 
 `run` and `evaluate` start it; `train` evaluates in its own processes.
 """
@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from electra_wrap import events, metrics
 from electra_wrap.data import vocab
-from electra_wrap.native import exchange, model, setup
+from electra_wrap.native import model, setup
 from electra_wrap.native.batches import Batches
-from electra_wrap.native.engine import EXAMPLES
+from electra_wrap.native.engine import checkpoint_path
 from electra_wrap.native.examples import Store
 from electra_wrap.run import Run
 
@@ -69,7 +69,7 @@ def evaluate(
     Masks and samples are the same at each step. Each example is read once, except those that do not
     fill a batch. Processes take batches in turn, so the result does not depend on their number.
     """
-    settings, store = run.profile.train, Store(run.directory / EXAMPLES[1])
+    settings, store = run.profile.train, Store(run.examples[1])
     batch_size = min(settings.batch_size // settings.micro_batches, len(store))
     if not batch_size:
         return
@@ -91,8 +91,8 @@ def evaluate(
         events.emit(events.Evaluation(step, number * batch_size, scalars))
 
 
-def evaluate_checkpoint(directory: Path, checkpoint: Path) -> None:
-    """Evaluate a checkpoint, a directory `step-N`, of the run in `directory`."""
+def evaluate_checkpoint(directory: Path, step: int) -> None:
+    """Evaluate the checkpoint of a step of the run in `directory`."""
     run = Run.open(directory)
     tokens = vocab.read(run.vocabulary)
     settings = run.profile.train
@@ -100,12 +100,12 @@ def evaluate_checkpoint(directory: Path, checkpoint: Path) -> None:
         settings = settings.model_copy(update={"device": "auto"})
     accelerator = setup.make_accelerator(settings)
     network = setup.make_network(run.profile, len(tokens))
-    exchange.restore(checkpoint, network, adam=None)
+    path = checkpoint_path(run.model_dir, step) / "model.safetensors"
+    setup.load(path, dict(network.named_parameters()))
     accelerator.prepare(network)
-    step = int(checkpoint.name.removeprefix("step-"))
     evaluate(run, tokens, accelerator, network, step)
 
 
 if __name__ == "__main__":
     with setup.report_errors():
-        evaluate_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))
+        evaluate_checkpoint(Path(sys.argv[1]), int(sys.argv[2]))

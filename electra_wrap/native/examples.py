@@ -4,27 +4,25 @@ A store is a directory with two flat arrays that training maps into memory. `tok
 ids of all examples, one after the other, in 2 bytes each, or 4 beyond 65,536 tokens. `index.bin`
 holds two 64-bit integers for each example: where it ends, and the length of its first segment.
 `store.json` holds the type of the ids and the number of examples.
-
-Runs as a child process, with a job as JSON to build parts, or to answer `call`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import os
 import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from electra_wrap import subprocesses
-from electra_wrap.data import parts, tfrecords, vocab
+from electra_wrap.data import vocab
 from electra_wrap.files import write_json
 from electra_wrap.profile import Profile
+from electra_wrap.progress import ProgressBar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,7 @@ def build(
     `encode` returns the ids of a line.
     """
     builder = Builder(profile.model.max_seq_length, tokens, profile.train.seed + number)
-    with parts.open_with_progress(shard) as file:
+    with shard.open(encoding="utf-8", newline="\n") as file:
         for line in map(str.strip, file):
             if line:
                 example = builder.add(encode(line))
@@ -108,41 +106,6 @@ def build(
                 yield example
     if example := builder.end_document():
         yield example
-
-
-def write(directory: Path, examples: Iterable[Example], vocab_size: int) -> int:
-    """Write a store. Return the number of examples."""
-    dtype = _dtype(vocab_size)
-    pieces = (
-        (np.array(example.ids, dtype), np.array([[len(example.ids), example.first_length]], "<i8"))
-        for example in examples
-    )
-    return _write(directory, pieces, dtype)
-
-
-def join(stores: Iterable[Path], directory: Path, vocab_size: int) -> None:
-    """Fill a directory with one store of the examples of several, in their order."""
-    pieces = ((store.tokens, store.index) for store in map(Store, stores))
-    _write(directory, pieces, _dtype(vocab_size))
-
-
-def _dtype(vocab_size: int) -> str:
-    return "<u2" if vocab_size <= 2**16 else "<u4"
-
-
-def _write(directory: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], dtype: str) -> int:
-    """Write a store that is made of the tokens and the index of others. Return its size."""
-    directory.mkdir(exist_ok=True)
-    number, end = 0, 0
-    tokens_file, index_file = directory / "tokens.bin", directory / "index.bin"
-    with tokens_file.open("wb") as tokens, index_file.open("wb") as index:
-        for piece_tokens, piece_index in pieces:
-            tokens.write(piece_tokens.data)
-            index.write((piece_index + np.array([end, 0])).data)
-            end += len(piece_tokens)
-            number += len(piece_index)
-    write_json(directory / "store.json", {"dtype": dtype, "examples": number})
-    return number
 
 
 class Store:
@@ -182,30 +145,59 @@ class Store:
         return ids, self.index[numbers, 1]
 
 
-def build_parts(
-    profile: dict[str, Any], text: str, vocabulary: str, out: str, jobs: dict[str, Any]
-) -> None:
-    """Build a part for each shard in the directory `text`; `jobs` go to `parts.build`."""
-    settings = Profile.model_validate(profile)
-    shards, tokens = sorted(Path(text).iterdir()), vocab.read(Path(vocabulary))
-    # All shards of a process use the same cache of words.
-    encode = vocab.line_encoder(tokens, **settings.tokenizer.normalization)
+def build_store(profile: Profile, vocabulary: Path, text: Path, out: Path, log: Path) -> int:
+    """Fill the directory `out` with a store of the examples of the shards in `text`.
 
-    def build_part(number: int, directory: Path) -> int:
-        examples = build(settings, tokens, encode, shards[number], number)
-        return write(directory, examples, len(tokens))
+    Returns their number; without text, `out` stays empty. Each shard is a task of its own, for as
+    many processes as there are processors.
+    """
+    shards = [path for path in sorted(text.iterdir()) if path.stat().st_size]
+    if not shards:
+        return 0
+    workers = min(len(shards), len(os.sched_getaffinity(0)))
+    size = sum(path.stat().st_size for path in shards)
+    dtype = "<u2" if len(vocab.read(vocabulary)) <= 2**16 else "<u4"
+    number = end = done = 0
+    with (
+        ProgressBar(f"examples of {text.name}", size, "B") as bar,
+        subprocesses.pool(workers, log=log) as pool,
+        (out / "tokens.bin").open("wb") as tokens,
+        (out / "index.bin").open("wb") as index,
+    ):
+        parts = [
+            pool.submit(_build_part, profile, vocabulary, shard, number, out, dtype)
+            for number, shard in enumerate(shards)
+        ]
+        for shard, part in zip(shards, parts, strict=True):
+            ids_file, part_index = part.result()
+            with ids_file.open("rb") as ids:
+                shutil.copyfileobj(ids, tokens, 2**20)
+            ids_file.unlink()
+            index.write((part_index + np.array([end, 0])).data)
+            number += len(part_index)
+            end += int(part_index[-1, 0]) if len(part_index) else 0
+            done += shard.stat().st_size
+            bar.show(done)
+    write_json(out / "store.json", {"dtype": dtype, "examples": number})
+    return number
 
-    parts.build(build_part, Path(out), **jobs)
+
+#: The function that encodes lines, for all shards of a process: they share its cache of words.
+_encode: Callable[[str], list[int]] | None = None
 
 
-def import_records(records: str, out: str, max_length: int, vocab_size: int) -> int:
-    """Write a store of upstream's records. Return the number of examples."""
-    examples = itertools.starmap(Example, tfrecords.read(Path(records), max_length, vocab_size))
-    return write(Path(out), examples, vocab_size)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        build_parts(**json.loads(sys.argv[1]))
-    else:
-        subprocesses.serve(import_records)
+def _build_part(
+    profile: Profile, vocabulary: Path, shard: Path, number: int, out: Path, dtype: str
+) -> tuple[Path, np.ndarray]:
+    """Write the ids of a shard's examples; return that file and the index, [examples, 2]."""
+    global _encode  # noqa: PLW0603
+    tokens = vocab.read(vocabulary)
+    _encode = _encode or vocab.line_encoder(tokens, **profile.tokenizer.normalization)
+    path, lengths = out / f"{shard.name}.ids", []
+    with path.open("wb") as file:
+        for example in build(profile, tokens, _encode, shard, number):
+            file.write(np.array(example.ids, dtype).data)
+            lengths.append((len(example.ids), example.first_length))
+    index = np.array(lengths, "<i8").reshape(-1, 2)
+    index[:, 0] = index[:, 0].cumsum()
+    return path, index

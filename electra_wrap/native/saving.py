@@ -1,32 +1,32 @@
 """Saving checkpoints while training goes on, and resuming from them.
 
-A checkpoint has model.safetensors, optimizer.bin, and for each process random_states_N.pt. Another
-engine's has the format of exchange.py instead.
+A checkpoint is a directory step-N with three kinds of files: model.safetensors, the weights;
+optimizer.safetensors, Adam's two slots of each; random-N.safetensors, the states of the random
+number generators of process N. Its checksums are in step-N.sha256 (checkpoints.py).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import save_file
+from torch import Tensor
 
-from electra_wrap.errors import UsageError
-from electra_wrap.native import exchange, model
-from electra_wrap.native.checkpoints import (
-    checkpoint_path,
-    checkpoint_steps,
-    finish_checkpoint,
-    is_exchanged,
-)
-from electra_wrap.profile import Train
+from electra_wrap import checkpoints, files
+from electra_wrap.native import model, setup
+from electra_wrap.native.engine import checkpoint_path
+from electra_wrap.profile import NETWORKS, Train
+
+SLOTS = ("exp_avg", "exp_avg_sq")
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """Saves checkpoints of one training: copies the state, and writes the copy in a thread.
 
     Writing and hashing would stop a GPU for about half a second. One checkpoint is written at a
@@ -34,74 +34,94 @@ class Saver:
     """
 
     def __init__(
-        self, accelerator: Accelerator, network: model.Electra, adam: Any, directory: Path
+        self,
+        accelerator: Accelerator,
+        network: model.Electra,
+        adam: AcceleratedOptimizer,
+        directory: Path,
     ) -> None:
         self._accelerator, self._network, self._adam = accelerator, network, adam
         self._directory = directory
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._written: concurrent.futures.Future[None] | None = None
 
-    def resume(self) -> int:
-        """Load the latest checkpoint, if there is one. Return its step, or 0.
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()  # after the checkpoint that is being written
 
-        UsageError if the random states of this process cannot be restored.
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._network.named_parameters()}
+
+    def _slots(self) -> dict[str, Tensor]:
+        return {
+            f"{slot}.{name}": self._adam.state[parameter][slot]
+            for name, parameter in self._network.named_parameters()
+            for slot in SLOTS
+        }
+
+    def resume(self, initial: Path) -> int:
+        """Load the latest checkpoint and return its step.
+
+        Without one, load the two models in the directory `initial`, if it exists, and return 0.
         """
-        steps = checkpoint_steps(self._directory)
-        if not steps:
-            return 0
-        start = steps[-1]
-        checkpoint = checkpoint_path(self._directory, start)
-        exchange.restore(checkpoint, self._network, self._adam)
-        if not is_exchanged(checkpoint):
-            self._restore_random_states(self._random_states(checkpoint))
+        start = max(checkpoints.steps(self._directory), default=0)
+        if start:
+            path = checkpoint_path(self._directory, start)
+            setup.load(path / "model.safetensors", self._weights())
+            setup.load(path / "optimizer.safetensors", self._slots())
+            self._restore_random_states(self._random_file(path))
+        elif initial.is_dir():
+            for name in NETWORKS:
+                parameters = dict(getattr(self._network, name).named_parameters())
+                setup.load(initial / name / "model.safetensors", parameters)
         return start
 
     def _restore_random_states(self, path: Path) -> None:
         if not path.is_file():
-            message = f"{path.name} is missing: the former training had fewer processes or another"
-            print(f"{message} version of electra_wrap; dropout starts with new random states")
+            print(f"{path.name} is missing: dropout of this process starts with a new state")
             return
-        try:
-            states = torch.load(path, weights_only=True)
-            torch.set_rng_state(states["cpu"])
-            if "gpu" in states and self._accelerator.device.type == "cuda":
-                torch.cuda.set_rng_state(states["gpu"])
-        except Exception as error:  # what torch.load raises is not documented
-            fix = f"move {path.parent} away and run again"
-            raise UsageError(f"{path} cannot be read ({error}); {fix}") from None
+        states = {name: state.cpu() for name, state in self._random_states().items()}
+        setup.load(path, states)
+        torch.set_rng_state(states["cpu"])
+        if "gpu" in states:
+            torch.cuda.set_rng_state(states["gpu"])
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self._accelerator.device.type == "cuda":
+            states["gpu"] = torch.cuda.get_rng_state()
+        return states
+
+    def _random_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"random-{self._accelerator.process_index}.safetensors"
 
     def save(self, step: int, settings: Train) -> None:
-        """Save a checkpoint, and remove all but the latest `keep`, if that is not 0.
-
-        The latest evaluated one stays: the parent process may not have copied it as the best yet.
-        """
+        """Save a checkpoint, and remove all but the latest `keep`, if that is not 0."""
         self.wait()
         temporary = self._directory / f"step-{step}.partial"
         if self._accelerator.is_main_process:
             temporary.mkdir()  # an error if the model's directory is gone, say with its file system
         self._accelerator.wait_for_everyone()
-        states = {"cpu": torch.get_rng_state()}
-        if self._accelerator.device.type == "cuda":
-            states["gpu"] = torch.cuda.get_rng_state()
-        torch.save(states, self._random_states(temporary))
+        save_file(self._random_states(), self._random_file(temporary))
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            weights = {name: _copy(value) for name, value in self._network.named_parameters()}
-            slots = _copy(self._adam.state_dict())
-            self._written = self._thread.submit(
-                self._write, temporary, step, settings, weights, slots
-            )
+            state = {
+                "model": {name: _copy(tensor) for name, tensor in self._weights().items()},
+                "optimizer": {name: _copy(tensor) for name, tensor in self._slots().items()},
+            }
+            self._written = self._thread.submit(self._write, temporary, step, settings, state)
 
     def _write(
-        self, temporary: Path, step: int, settings: Train, weights: dict[str, Any], slots: Any
+        self, temporary: Path, step: int, settings: Train, state: dict[str, dict[str, Tensor]]
     ) -> None:
-        save_file(weights, temporary / "model.safetensors", {"format": "pt"})
-        torch.save(slots, temporary / "optimizer.bin")
-        finish_checkpoint(temporary, self._directory, step)
-        evaluated = step - step % settings.evaluate_every if settings.evaluate_every else None
-        for old in checkpoint_steps(self._directory)[: -settings.keep if settings.keep else 0]:
-            if old != evaluated:
-                shutil.rmtree(checkpoint_path(self._directory, old))
+        for name, tensors in state.items():
+            save_file(tensors, temporary / f"{name}.safetensors", {"format": "pt"})
+        path = checkpoint_path(self._directory, step)
+        files.remove(path)  # without checksums, it is no checkpoint
+        files.move_into_place(temporary, path)
+        checkpoints.finish(self._directory, step, path.iterdir())
+        for old in checkpoints.steps(self._directory)[: -settings.keep if settings.keep else 0]:
+            files.remove(checkpoints.checksums(self._directory, old))
+            shutil.rmtree(checkpoint_path(self._directory, old))
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, and raise the error if that failed."""
@@ -109,14 +129,6 @@ class Saver:
             self._written.result()
         self._accelerator.wait_for_everyone()
 
-    def _random_states(self, checkpoint: Path) -> Path:
-        return checkpoint / f"random_states_{self._accelerator.process_index}.pt"
 
-
-def _copy(value: Any) -> Any:
-    """Return a copy in the host's memory of a tensor, or of a structure with tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
-    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

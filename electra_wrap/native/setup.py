@@ -1,19 +1,23 @@
-"""What training and evaluation start from: devices, networks and batches."""
+"""What training and evaluation start from: devices, networks, weights and batches."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from electra_wrap import subprocesses
-from electra_wrap.errors import EnvironmentProblem
+from electra_wrap.errors import EnvironmentProblem, UsageError
 from electra_wrap.native import engine, model
 from electra_wrap.profile import NETWORKS, Profile, Train
 
@@ -31,7 +35,7 @@ def make_accelerator(settings: Train) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     gpu = settings.device != "cpu" and torch.cuda.is_available()
     if settings.device == "gpu" and not gpu:
-        raise EnvironmentProblem(f'train.device = "gpu", but {engine.NO_GPU}')
+        raise EnvironmentProblem('train.device = "gpu", but PyTorch sees none; see `doctor`')
     precision = engine.precision(settings.precision, ["cuda"] if gpu else [])
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -51,6 +55,19 @@ def make_network(profile: Profile, vocab_size: int) -> model.Electra:
     return model.Electra({network: profile.hf_config(network, vocab_size) for network in NETWORKS})
 
 
+@torch.no_grad()
+def load(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a file to `targets`. UsageError unless it has exactly these."""
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); move its directory away") from None
+    if values.keys() != targets.keys():
+        raise UsageError(f"{path} has other tensors than this model; move its directory away")
+    for name, target in targets.items():
+        target.copy_(values[name])
+
+
 def compile_network(network: model.Electra, settings: Train, accelerator: Accelerator) -> None:
     """Compile the networks into one graph, if the profile and the machine allow it."""
     gpu = accelerator.device.type == "cuda"
@@ -64,6 +81,11 @@ def compile_network(network: model.Electra, settings: Train, accelerator: Accele
         graphs = gpu and settings.micro_batches == 1 and accelerator.num_processes == 1
         mode = "reduce-overhead" if graphs else "default"
         network.compile(mode=mode, fullgraph=True, dynamic=False)
+
+
+def list_gpus() -> list[str]:
+    """Return the names of the GPUs."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

@@ -18,10 +18,11 @@ from typing import Any
 from electra_wrap import subprocesses
 
 if __name__ == "__main__":
-    subprocesses.die_with_command()  # before imports that take seconds
+    subprocesses.die_with_parent()  # before imports that take seconds
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
@@ -29,9 +30,8 @@ from torch.utils.data import DataLoader
 from electra_wrap import events
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError, diverged
-from electra_wrap.native import model, setup
+from electra_wrap.native import engine, model, setup
 from electra_wrap.native.batches import Batches
-from electra_wrap.native.engine import EXAMPLES
 from electra_wrap.native.evaluate import Accumulator, evaluate
 from electra_wrap.native.examples import Store
 from electra_wrap.native.saving import Saver
@@ -62,44 +62,62 @@ def train(directory: Path) -> bool:
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     setup.compile_network(network, settings, accelerator)
     prepared, adam = accelerator.prepare(network, model.optimizer(network, settings.weight_decay))
-    saver = Saver(accelerator, network, adam, run.model_dir)
-    start = saver.resume()
-    batches = _batches(run, tokens, accelerator, start)
-    parameters = list(network.parameters())
-    evaluate_every = settings.evaluate_every or settings.steps
-    prepared.train()
-    for step in range(start + 1, settings.steps + 1):
-        for group in adam.param_groups:
-            group["lr"] = model.learning_rate(step - 1, settings)
-        accumulator = Accumulator(accelerator) if step % settings.log_every == 0 else None
-        for _ in range(settings.micro_batches):
-            batch = setup.to_device(next(batches), accelerator.device)
-            with accelerator.accumulate(prepared):
-                outputs = prepared(batch)
-                # The losses of the parts add up to the batch's; DDP and accelerate take the mean.
-                accelerator.backward(outputs["loss"] * parts)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-                adam.step()
-                adam.zero_grad()
+    with Saver(accelerator, network, adam, run.model_dir) as saver:
+        start = saver.resume(run.initial)
+        _report_setup(accelerator, settings)
+        if not start and run.initial.is_dir():
+            evaluate(run, tokens, accelerator, network, start)  # the weights that it starts from
+        batches = _batches(run, tokens, accelerator, start)
+        parameters = list(network.parameters())
+        evaluate_every = settings.evaluate_every or settings.steps
+        prepared.train()
+        for step in range(start + 1, settings.steps + 1):
+            for group in adam.param_groups:
+                group["lr"] = model.learning_rate(step - 1, settings)
+            accumulator = Accumulator(accelerator) if step % settings.log_every == 0 else None
+            for _ in range(settings.micro_batches):
+                batch = setup.to_device(next(batches), accelerator.device)
+                with accelerator.accumulate(prepared):
+                    outputs = prepared(batch)
+                    # The losses of the parts add up to the batch's; DDP and accelerate take means.
+                    accelerator.backward(outputs["loss"] * parts)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+                    adam.step()
+                    adam.zero_grad()
+                if accumulator:
+                    accumulator.add(batch, outputs)
             if accumulator:
-                accumulator.add(batch, outputs)
-        if accumulator:
-            _report(accelerator, accumulator, step, adam, norm.item())
-        stopping = stop.is_requested(accelerator, step)
-        evaluating = step % evaluate_every == 0 or step == settings.steps
-        if step % settings.save_every == 0 or evaluating or stopping:
-            # Gradients that are not finite have made weights that are not finite either.
-            _check_finite(step, outputs["loss"].item(), norm.item())
-            saver.save(step, settings)
-        if stopping or evaluating:
-            saver.wait()
-        if stopping:
-            return False
-        if evaluating:
-            evaluate(run, tokens, accelerator, network, step)
-    saver.wait()
+                _report(accelerator, accumulator, step, adam, norm.item())
+            stopping = stop.is_requested(accelerator, step)
+            evaluating = step % evaluate_every == 0 or step == settings.steps
+            if step % settings.save_every == 0 or evaluating or stopping:
+                # Gradients that are not finite have made weights that are not finite either.
+                _check_finite(step, outputs["loss"].item(), norm.item())
+                saver.save(step, settings)
+            if stopping or evaluating:
+                saver.wait()
+            if stopping:
+                return False
+            if evaluating:
+                evaluate(run, tokens, accelerator, network, step)
+        saver.wait()
     return True
+
+
+def _report_setup(accelerator: Accelerator, settings: Train) -> None:
+    """Report what this training runs on."""
+    if accelerator.is_main_process:
+        gpu = accelerator.device.type == "cuda"
+        name = torch.cuda.get_device_name() if gpu else "CPU"
+        values = {
+            "device": f"{accelerator.num_processes} × {name}",
+            "precision": engine.precision(settings.precision, [name] if gpu else []),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        events.emit(events.Setup(values))
 
 
 def _count_parts(settings: Train, processes: int) -> int:
@@ -121,7 +139,7 @@ def _batches(
     """Return an iterator over this process's micro-batches of the steps after `start`."""
     settings = run.profile.train
     batches = Batches(
-        Store(run.directory / EXAMPLES[0]),
+        Store(run.examples[0]),
         run.profile.model,
         tokens,
         batch_size=settings.batch_size,

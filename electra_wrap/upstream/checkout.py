@@ -1,61 +1,31 @@
 """google-research/electra: pinned, verified and patched.
 
-vendor/electra.lock names a commit, its tree, and the tree after patches/. This repository has no
-code of upstream. `ensure` fetches it once, and before every execution hashes it as git does.
+vendor/electra.lock names a commit, its git tree, and the tree after patches/. This repository has
+no code of upstream. `ensure` fetches it once, and before every execution has git compare the files
+with the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
-import os
 import re
-import shutil
-import stat
-import tempfile
 import tomllib
 from pathlib import Path
 
-from electra_wrap import paths, subprocesses
+from electra_wrap import files, paths
 from electra_wrap.errors import EnvironmentProblem
-from electra_wrap.files import lock
 
 #: Seconds after which a remote that does not answer is unreachable, and for a fetch.
 ANSWER_TIMEOUT, FETCH_TIMEOUT = 8, 600
 
-# Whatever the user's git configuration: no hooks, no prompts, no attributes, no conversion of line
-# ends or symbolic links, and no transports that run commands.
+# Whatever the user's git configuration: no hooks, no conversion of line ends, no attributes.
 _GIT = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.autocrlf=false"]
-_GIT += ["-c", "core.symlinks=false", "-c", "core.attributesFile=/dev/null"]
-_GIT_ENVIRONMENT = {
-    "GIT_TERMINAL_PROMPT": "0",
-    "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_ASKPASS": "true",
-    "GIT_ALLOW_PROTOCOL": "file:git:http:https:ssh",
-    "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
-}
+_GIT += ["-c", "core.attributesFile=/dev/null"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pin:
-    """vendor/electra.lock. `tree` is the commit's, `patched_tree` the one after all patches."""
-
-    url: str
-    commit: str
-    tree: str
-    patched_tree: str
-    license: str
-
-    @classmethod
-    def read(cls) -> Pin:
-        return cls(**tomllib.loads(paths.LOCK_FILE.read_text(encoding="utf-8")))
-
-    @property
-    def directory(self) -> Path:
-        """The directory of the checkout, whether it exists or not."""
-        return paths.vendor_directory() / f"electra-{self.patched_tree[:12]}"
+def read_pin() -> dict[str, str]:
+    """Return the contents of vendor/electra.lock."""
+    return tomllib.loads(paths.LOCK_FILE.read_text(encoding="utf-8"))
 
 
 def ensure(upstream: str | None = None) -> Path:
@@ -65,64 +35,35 @@ def ensure(upstream: str | None = None) -> Path:
     EnvironmentProblem if it cannot be reached or lacks the pinned commit, if the checkout cannot be
     written, or if it differs from the lock. A checkout that exists may be read-only.
     """
-    pin = Pin.read()
-    vendor = pin.directory.parent
+    pin = read_pin()
+    directory = _directory(pin)
+    vendor = directory.parent
     try:
-        if not pin.directory.exists():
+        if not directory.exists():
             vendor.mkdir(parents=True, exist_ok=True)
-            with lock(vendor / ".lock", wait=True):
-                if not pin.directory.exists():
-                    _fetch(pin, _resolve(upstream or pin.url))
+            with files.lock(vendor / ".lock", wait=True):
+                if not directory.exists():
+                    _fetch(pin, directory, _resolve(upstream or pin["url"]))
     except OSError as error:
         fix = "use a clone that can" if paths.IN_CHECKOUT else "set XDG_CACHE_HOME"
         message = f"{vendor}, where upstream's scripts go, cannot be written ({error.strerror})"
         raise EnvironmentProblem(f"{message}; {fix}, or --set engine=native") from None
-    tree = hash_tree(pin.directory)
-    if tree != pin.patched_tree:
-        change = f"its tree is {tree[:12]}, pinned is {pin.patched_tree[:12]}"
-        message = f"{pin.directory} was changed: {change}; move it away and run again"
-        raise EnvironmentProblem(message)
-    return pin.directory
+    _verify(directory, pin["patched_tree"])
+    return directory
 
 
 def look(upstream: str | None = None) -> str:
     """Describe where upstream is. EnvironmentProblem if it is neither here nor reachable."""
-    pin = Pin.read()
-    if pin.directory.exists():
+    pin = read_pin()
+    if _directory(pin).exists():
         return f"verified, in {ensure()}"
-    source = _resolve(upstream or pin.url)
+    source = _resolve(upstream or pin["url"])
     _refuse_unreachable(Path("/"), source)
     return f"reachable at {source}"
 
 
-def hash_tree(directory: Path) -> str:
-    """Return the id of a directory's git tree object, with ignored and untracked files.
-
-    A tree is the sorted list of (mode, name, id); ids are SHA-1 of `type length\\0content`
-    (git's documentation, "Git Internals - Git Objects").
-    """
-    entries = []
-    for path in directory.iterdir():
-        mode, name = path.lstat().st_mode, os.fsencode(path.name)
-        if stat.S_ISDIR(mode):
-            entries.append((name + b"/", b"40000", hash_tree(path)))
-        elif stat.S_ISLNK(mode):
-            entries.append((name, b"120000", _object_id(b"blob", os.fsencode(path.readlink()))))
-        elif stat.S_ISREG(mode):
-            git_mode = b"100755" if mode & stat.S_IXUSR else b"100644"
-            entries.append((name, git_mode, _object_id(b"blob", path.read_bytes())))
-        else:
-            raise EnvironmentProblem(f"{path} is not a file; move the checkout away and run again")
-    lines = (
-        mode + b" " + name.rstrip(b"/") + b"\0" + bytes.fromhex(object_id)
-        for name, mode, object_id in sorted(entries)
-    )
-    return _object_id(b"tree", b"".join(lines))
-
-
-def _object_id(kind: bytes, content: bytes) -> str:
-    header = kind + b" %d\0" % len(content)
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+def _directory(pin: dict[str, str]) -> Path:
+    return paths.vendor_directory() / f"electra-{pin['patched_tree'][:12]}"
 
 
 def _resolve(source: str) -> str:
@@ -144,17 +85,14 @@ def _git(directory: Path, *arguments: str, timeout: float = FETCH_TIMEOUT) -> st
         raise EnvironmentProblem(message) from None
     command = git.Git(directory)
     # All three are set, so that the caller's (in a git hook, say) have no effect.
-    repository = str(directory / ".git")
     command.update_environment(
-        **_GIT_ENVIRONMENT,
-        GIT_DIR=repository,
+        GIT_DIR=str(directory / ".git"),
         GIT_WORK_TREE=str(directory),
-        GIT_INDEX_FILE=f"{repository}/index",
+        GIT_INDEX_FILE=str(directory / ".git" / "index"),
+        GIT_TERMINAL_PROMPT="0",
     )
-    die_with_us = functools.partial(subprocesses.die_with_parent, os.getpid())
-    argv = [*_GIT, *arguments]
     try:
-        return str(command.execute(argv, kill_after_timeout=timeout, preexec_fn=die_with_us))
+        return str(command.execute([*_GIT, *arguments], kill_after_timeout=timeout))
     except git.GitCommandError as error:
         reason = re.search(r"\b(?:fatal|error): (.+)", str(error.stderr or error))
         raise _GitFailed(reason[1].strip(" '") if reason else "no answer") from None
@@ -170,45 +108,51 @@ def _refuse_unreachable(directory: Path, source: str) -> None:
         ) from None
 
 
-def _fetch(pin: Pin, source: str) -> None:
+def _fetch(pin: dict[str, str], directory: Path, source: str) -> None:
     """Fetch, verify, patch and verify in a temporary directory, then rename it."""
-    vendor = pin.directory.parent
-    for abandoned in vendor.glob(".fetch-*"):  # by a process that was killed
-        shutil.rmtree(abandoned)
-    with tempfile.TemporaryDirectory(dir=vendor, prefix=".fetch-") as temporary:
-        work = Path(temporary) / "electra"
-        work.mkdir()
+    with files.atomic(directory, directory=True) as work:
         _git(work, "init", "--quiet", "--template=")
         _refuse_unreachable(work, source)
         _check_out(work, pin, source)
         for patch in sorted(paths.PATCHES.glob("*.patch")):
             try:
-                _git(work, "apply", "--unidiff-zero", "--whitespace=nowarn", str(patch))
+                _git(work, "apply", "--index", "--unidiff-zero", "--whitespace=nowarn", str(patch))
             except _GitFailed as error:
                 message = f"{patch.name} does not apply ({error}); restore patches/"
                 raise EnvironmentProblem(message) from None
-        shutil.rmtree(work / ".git")
-        patched = hash_tree(work)
-        if patched != pin.patched_tree:
-            message = f"the patches give tree {patched[:12]}, pinned is {pin.patched_tree[:12]}"
+        tree = _git(work, "write-tree")
+        if tree != pin["patched_tree"]:
+            message = f"the patches give tree {tree[:12]}, pinned is {pin['patched_tree'][:12]}"
             raise EnvironmentProblem(f"{message}; restore patches/ and vendor/")
-        work.rename(pin.directory)
 
 
-def _check_out(work: Path, pin: Pin, source: str) -> None:
+def _check_out(work: Path, pin: dict[str, str], source: str) -> None:
     """Fetch and check out the pinned commit. EnvironmentProblem if its tree is not the pinned."""
     try:
-        _git(work, "fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin.commit)
+        _git(work, "fetch", "--quiet", "--depth=1", "--no-tags", "--", source, pin["commit"])
     except _GitFailed:
         # Bundles have no shallow history, and some servers refuse to send a commit by its id.
         with contextlib.suppress(_GitFailed):
             _git(work, "fetch", "--quiet", "--no-tags", "--", source, "+refs/*:refs/upstream/*")
     try:
-        _git(work, "checkout", "--quiet", "--detach", pin.commit)
+        _git(work, "checkout", "--quiet", "--detach", pin["commit"])
         tree = _git(work, "rev-parse", "HEAD^{tree}")
     except _GitFailed as error:
-        message = f"{source} does not give commit {pin.commit[:12]} ({error})"
-        raise EnvironmentProblem(f"{message}; use a complete copy of {pin.url}") from None
-    if tree != pin.tree:
-        message = f"{source}: its tree is {tree[:12]}, pinned is {pin.tree[:12]}"
+        message = f"{source} does not give commit {pin['commit'][:12]} ({error})"
+        raise EnvironmentProblem(f"{message}; use a complete copy of {pin['url']}") from None
+    if tree != pin["tree"]:
+        message = f"{source}: its tree is {tree[:12]}, pinned is {pin['tree'][:12]}"
         raise EnvironmentProblem(f"{message}; use another copy")
+
+
+def _verify(directory: Path, tree: str) -> None:
+    """Raise EnvironmentProblem unless the files of a checkout are those of a git tree."""
+    try:
+        changed = _git(directory, "diff", "--name-only", "--no-ext-diff", tree)
+        changed += _git(directory, "ls-files", "--others")
+    except _GitFailed as error:
+        changed = str(error)
+    if changed:
+        names = ", ".join(changed.splitlines()[:3])
+        message = f"{directory} was changed: {names}; move it away and run again"
+        raise EnvironmentProblem(message)

@@ -3,59 +3,33 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from electra_wrap import files, packages, subprocesses
-from electra_wrap.data.tfrecords import RECORD_GLOB
-from electra_wrap.engine import Checkpoint, OnEvent
+from electra_wrap import checkpoints, events, files, paths, subprocesses
+from electra_wrap.data import tfrecords
 from electra_wrap.errors import UsageError
+from electra_wrap.events import OnEvent
 from electra_wrap.profile import NETWORKS
-from electra_wrap.progress import warn
+from electra_wrap.progress import ProgressBar, warn
 from electra_wrap.run import Run
 from electra_wrap.upstream import checkout, environment
 from electra_wrap.upstream.hparams import hparams
 
-NAME = "upstream"
 CREDIT = (
     "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
 )
-NO_GPU = "TensorFlow sees none; install the NVIDIA driver, and CUDA with `vendor --device gpu`"
-EXAMPLES = ("pretrain_tfrecords", "heldout_tfrecords")
 
 #: Text per record file. Upstream's 1000 files are for gigabytes of text; training mixes the files.
 BYTES_PER_RECORD_FILE = 2**20
 MAX_RECORD_FILES = 1000
 
 
-def versions(stage: str) -> dict[str, str]:
-    """Return the packages and pins on which `examples`, `train` or `convert` depends."""
-    if stage == "convert":
-        return packages.versions("tensorflow", "safetensors")
-    pin = checkout.Pin.read()
-    pins = {"upstream": pin.commit, "patched upstream": pin.patched_tree}
-    return pins if stage == "examples" else {"tensorflow": environment.version()} | pins
-
-
 def devices() -> list[str]:
     """Return the names of the GPUs that TensorFlow sees."""
-    with environment.package_path() as path:
-        names: list[str] = subprocesses.call(
-            "electra_wrap.upstream.gpus",
-            "names",
-            {},
-            env={"PYTHONPATH": path},
-            python=environment.python(),
-        )
-    return names
-
-
-def precision(requested: str, devices: Sequence[str]) -> str:
-    """Return the precision of matrix products. The scripts' own is float32."""
-    return "float32" if requested == "auto" else requested
+    return environment.list_gpus() if environment.has_gpu() else []
 
 
 def prepare(run: Run) -> None:
@@ -70,69 +44,51 @@ def prepare(run: Run) -> None:
         environment.ensure()
 
 
-def build_examples(
-    run: Run, text: Path, parts: Path, jobs: dict[str, Any], log: Path, on_event: OnEvent
-) -> None:
-    """Build one part of the records under `parts` for each shard of `text`.
-
-    `jobs` are keyword arguments of `parts.build`.
-    """
+def build_examples(run: Run, text: Path, out: Path) -> int:
+    """Fill the directory `out` with records of the shards in `text`; return how many."""
+    sizes = [size for path in text.iterdir() if (size := path.stat().st_size)]
+    if not sizes:
+        return 0
     shards = len(list(text.iterdir()))
-    files_per_shard = max(1, round(_record_files(text) / shards))
-    profile = run.profile
+    number = min(MAX_RECORD_FILES, max(1, sum(sizes) // BYTES_PER_RECORD_FILE))
+    profile, done = run.profile, 0
     arguments = [
-        f"--corpus-dir={text}",
-        f"--vocab-file={run.vocabulary}",
-        f"--output-dir={parts}",
+        f"--corpus-dir={text.relative_to(run.directory)}",
+        f"--vocab-file={run.vocabulary.name}",
+        f"--output-dir={out.relative_to(run.directory)}",
         f"--max-seq-length={profile.model.max_seq_length}",
         f"--num-processes={shards}",
-        f"--num-out-files={shards * files_per_shard}",
+        f"--num-out-files={shards * max(1, round(number / shards))}",
         f"--blanks-separate-docs={profile.corpus.blank_lines_separate_documents}",
         f"--seed={profile.train.seed}",
-        f"--jobs={json.dumps(jobs)}",
         "--do-lower-case" if profile.tokenizer.lowercase else "--no-lower-case",
         "--do-strip-accents" if profile.tokenizer.strip_accents else "--no-strip-accents",
     ]
-    _run_script(run, "build_pretraining_dataset.py", arguments, {}, log, on_event)
+    with ProgressBar(f"examples of {text.name}", sum(sizes), "B") as bar:
+
+        def show(event: events.Event) -> None:
+            nonlocal done
+            if isinstance(event, events.Progress):
+                done += event.bytes
+                bar.show(done)
+
+        log = run.log_file("examples")
+        _run_script(run, "build_pretraining_dataset.py", arguments, {}, log, show)
+    if number < len(sizes):
+        _join(out, number, len(sizes), shards)
+    return sum(map(tfrecords.count, out.iterdir()))
 
 
-def _record_files(text: Path) -> int:
-    """Return the number of record files for the shards in a directory."""
-    size = sum(shard.stat().st_size for shard in text.iterdir())
-    return min(MAX_RECORD_FILES, max(1, size // BYTES_PER_RECORD_FILE))
-
-
-def join_examples(run: Run, text: Path, parts: Sequence[Path], out: Path) -> None:
-    """Fill the directory `out` with the records of all parts.
-
-    The files are links to those of the parts. Small parts are joined to fewer files.
-    """
-    number = _record_files(text)
-    if number >= len(parts):
-        for part in parts:
-            for path in part.glob(RECORD_GLOB):
-                files.link_or_copy(path, out / path.name)
-        return
+def _join(directory: Path, number: int, parts: int, shards: int) -> None:
+    """Join the record files of a small text, of which each shard with text has one."""
     for n in range(number):
-        paths = [path for part in parts[n::number] for path in sorted(part.glob(RECORD_GLOB))]
-        with (out / f"pretrain_data.tfrecord-{n}-of-{number}").open("wb") as target:
-            for path in paths:
-                with path.open("rb") as source:
-                    shutil.copyfileobj(source, target, 2**20)
-
-
-def import_records(run: Run, records: Path, out: Path) -> int:
-    """Copy records to the directory `out`; return the number of examples.
-
-    UsageError if they do not fit the profile.
-    """
-    length, log = run.profile.model.max_seq_length, run.log_file("examples")
-    arguments = {"directory": str(records), "length": length, "vocab_size": run.vocab_size}
-    examples = subprocesses.call(
-        "electra_wrap.data.tfrecords", "count_examples", arguments, log=log
-    )
-    shutil.copytree(records, out, dirs_exist_ok=True)
-    return int(examples)
+        target = directory / f"pretrain_data.tfrecord-{n}-of-{number}"
+        with target.open("wb") as joined:
+            for shard in range(n, parts, number):
+                path = directory / f"pretrain_data.tfrecord-{shard}-of-{shards}"
+                with path.open("rb") as records:
+                    shutil.copyfileobj(records, joined, 2**20)
+                path.unlink()
 
 
 def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
@@ -147,27 +103,39 @@ def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
         if every < last and every * settings.batch_size < examples["examples"]:
             reason = "training reads its first records again after each evaluation"
             warn(f"train: {reason}, and never the last; raise train.evaluate_every")
-    run.make_model_dir()
-    start = max((checkpoint.step for checkpoint in checkpoints(run.model_dir)), default=0)
-    for step in range(start + every - start % every, last, every):
+    steps = checkpoints.steps(run.model_dir)
+    if not steps and run.initial.is_dir():
+        _import_initial(run)
+        if examples["held_out_examples"]:
+            evaluate(run, 0, devices, on_event)  # the weights that the training starts from
+    start = max(steps, default=0)
+    for step in (*range(start + every - start % every, last, every), last):
         _train_until(run, step, devices, on_event)
-        evaluate(run, Checkpoint(NAME, step, run.model_dir), devices, on_event)
-    _train_until(run, last, devices, on_event)
+        if step < last:
+            evaluate(run, step, devices, on_event)
+
+
+def _import_initial(run: Run) -> None:
+    """Make the weights in model.init_from the checkpoint of step 0."""
+    arguments: dict[str, str] = {network: str(run.initial / network) for network in NETWORKS}
+    arguments["out"] = str(run.model_dir)
+    log = run.log_file("train")
+    subprocesses.call("electra_wrap.weights", "to_tensorflow", arguments, log=log)
+    checkpoints.finish(run.model_dir, 0, checkpoint_files(run.model_dir, 0))
 
 
 def _train_until(run: Run, step: int, devices: Sequence[str], on_event: OnEvent) -> None:
     # TensorFlow continues from the checkpoints in this list, which may be outdated.
     files.remove(run.model_dir / "checkpoint")
-    if names := [_prefix(checkpoint).name for checkpoint in checkpoints(run.model_dir)]:
-        lines = [f'model_checkpoint_path: "{names[-1]}"\n']
-        lines += [f'all_model_checkpoint_paths: "{name}"\n' for name in names]
+    if names := [f'"model.ckpt-{step}"' for step in checkpoints.steps(run.model_dir)]:
+        lines = [f"model_checkpoint_path: {names[-1]}\n"]
+        lines += [f"all_model_checkpoint_paths: {name}\n" for name in names]
         files.write_text(run.model_dir / "checkpoint", "".join(lines))
-    path, log = run.directory / "hparams.json", run.log_file("train")
-    files.write_json(path, hparams(run.profile, run.vocab_size))
-    _run_pretraining(run, path, {"stop": step}, devices, log, on_event)
+    values, log = hparams(run.profile, run.vocab_size), run.log_file("train")
+    _run_pretraining(run, values, {"stop": step}, devices, log, on_event)
 
 
-def evaluate(run: Run, checkpoint: Checkpoint, devices: Sequence[str], on_event: OnEvent) -> None:
+def evaluate(run: Run, step: int, devices: Sequence[str], on_event: OnEvent) -> None:
     """Evaluate a checkpoint on the held-out records with the script's `do_eval`."""
     examples = run.results(run.examples_record)["held_out_examples"]
     batch_size = min(run.profile.train.batch_size, examples)
@@ -176,100 +144,67 @@ def evaluate(run: Run, checkpoint: Checkpoint, devices: Sequence[str], on_event:
         "do_eval": True,
         "eval_batch_size": batch_size,
         "num_eval_steps": examples // batch_size,
-        "pretrain_tfrecords": str(run.directory / EXAMPLES[1] / RECORD_GLOB),
+        "pretrain_tfrecords": f"{run.examples[1].name}/{tfrecords.RECORD_GLOB}",
     }
-    path, log = run.directory / "logs" / "evaluate.hparams.json", run.log_file("evaluate")
-    files.write_json(path, values)
-    runtime = {"checkpoint": str(_prefix(checkpoint))}
-    _run_pretraining(run, path, runtime, devices, log, on_event)
+    prefix = checkpoint_files(run.model_dir, step)[0].with_suffix("")
+    runtime = {"checkpoint": str(prefix.relative_to(run.directory))}
+    _run_pretraining(run, values, runtime, devices, run.log_file("evaluate"), on_event)
 
 
 def _run_pretraining(
     run: Run,
-    hparams_file: Path,
+    values: dict[str, Any],
     runtime: dict[str, Any],
     devices: Sequence[str],
     log: Path,
     on_event: OnEvent,
 ) -> None:
     """Run run_pretraining.py. `runtime` has what it has no argument for, for estimator.py."""
-    settings = run.profile.train
+    settings, name = run.profile.train, "hparams.json"
+    files.write_json(run.directory / name, values)
     runtime = {"seed": settings.seed, "precision": settings.precision, **runtime}
+    runtime["devices"] = list(devices)
     env = {"ELECTRA_WRAP_RUNTIME": json.dumps(runtime)}
     if not devices:
         env["CUDA_VISIBLE_DEVICES"] = "-1"
-    arguments = [
-        f"--data-dir={run.directory}",
-        f"--model-name={run.profile.model_name}",
-        f"--hparams={hparams_file}",
-    ]
+    arguments = ["--data-dir=.", f"--model-name={run.profile.model_name}", f"--hparams={name}"]
     _run_script(run, "run_pretraining.py", arguments, env, log, on_event)
 
 
 def _run_script(
     run: Run, name: str, arguments: list[str], env: dict[str, str], log: Path, on_event: OnEvent
 ) -> None:
-    """Run a script of a checkout that is verified before and after."""
-    source = checkout.ensure(run.upstream)
-    argv = [environment.python(), "-s", str(source / name), *arguments]
-    with environment.package_path() as path:
-        env = {**env, "PYTHONPATH": path}
-        subprocesses.follow(argv, cwd=source, env=env, log=log, on_event=on_event)
-    checkout.ensure(run.upstream)
+    """Run a script of the checkout, which is verified before.
 
-
-def checkpoints(directory: Path) -> list[Checkpoint]:
-    """Return the checkpoints in a directory, in the order of their steps."""
-    names = (re.fullmatch(r"model\.ckpt-(\d+)\.index", path.name) for path in directory.glob("*"))
-    steps = sorted(int(match[1]) for match in names if match)
-    return [Checkpoint(NAME, step, directory) for step in steps]
-
-
-def _prefix(checkpoint: Checkpoint) -> Path:
-    return checkpoint.directory / f"model.ckpt-{checkpoint.step}"
-
-
-def checksums(checkpoint: Checkpoint) -> Path:
-    """Return the file with the checksums of a checkpoint's files, which estimator.py writes."""
-    return Path(f"{_prefix(checkpoint)}.sha256")
-
-
-def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files of a checkpoint."""
-    return [Path(f"{_prefix(checkpoint)}.{part}") for part in ("index", "data-00000-of-00001")]
-
-
-def archive(checkpoint: Checkpoint) -> None:
-    """Rename a checkpoint's files so that it is no longer discovered."""
-    for path in (*weight_files(checkpoint), checksums(checkpoint)):
-        files.archive(path)
-
-
-def export(run: Run, checkpoint: Checkpoint, out: Path, *, optimizer: bool = False) -> None:
-    """Write `out`/discriminator and `out`/generator for transformers.
-
-    With `optimizer`, Adam's slots are written beside each model.
+    It runs in the run directory with relative names: TensorFlow takes a path with [, ], *, ? or a
+    comma for a pattern. On its module path is this package alone: beside an installed package are
+    the packages of its environment, and the script may have another one.
     """
+    source = checkout.ensure(run.upstream)
+    link = run.directory / "path" / paths.PACKAGE.name
+    link.parent.mkdir(exist_ok=True)
+    files.remove(link)
+    link.symlink_to(paths.PACKAGE)
+    # A checkout with additional files is refused.
+    env = {**env, "PYTHONPATH": str(link.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    argv = [environment.python(), str(source / name), *arguments]
+    subprocesses.follow(argv, cwd=run.directory, env=env, log=log, on_event=on_event)
+
+
+def checkpoint_files(model_dir: Path, step: int) -> list[Path]:
+    """Return the files of a checkpoint."""
+    parts = ("index", "data-00000-of-00001")
+    return [model_dir / f"model.ckpt-{step}.{part}" for part in parts]
+
+
+def export(run: Run, step: int, out: Path) -> None:
+    """Write `out`/discriminator and `out`/generator for transformers."""
+    prefix = checkpoint_files(run.model_dir, step)[0].with_suffix("")
     arguments = {
-        "checkpoint": str(_prefix(checkpoint)),
+        "checkpoint": str(prefix),
         "out": str(out),
-        "slots": optimizer,
         "heads": {n: run.profile.model.shape(n).num_attention_heads for n in NETWORKS},
         "expected": {n: run.profile.hf_config(n, run.vocab_size) for n in NETWORKS},
     }
     log = run.log_file("convert")
     subprocesses.call("electra_wrap.weights", "to_transformers", arguments, log=log)
-
-
-def import_checkpoint(run: Run, exported: Path, step: int) -> None:
-    """Make a checkpoint from the directory that another engine's `export` wrote."""
-    converted = exported / "checkpoint"
-    converted.mkdir()
-    arguments: dict[str, Any] = {network: str(exported / network) for network in NETWORKS}
-    arguments |= {"out": str(converted), "step": step}
-    log = run.log_file("train")
-    subprocesses.call("electra_wrap.weights", "to_tensorflow", arguments, log=log)
-    imported = Checkpoint(NAME, step, run.model_dir)
-    for path in weight_files(imported):
-        files.move_into_place(converted / path.name, path)
-    files.write_checksums(checksums(imported), weight_files(imported))

@@ -7,29 +7,21 @@ the environment was not made, the scripts run with the TensorFlow beside electra
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-from electra_wrap import files, packages, paths, subprocesses
-from electra_wrap.errors import EnvironmentProblem, StageFailed
-from electra_wrap.progress import ProgressBar, log
+from electra_wrap import files, paths
+from electra_wrap.errors import EnvironmentProblem
+from electra_wrap.progress import log
 
 LOCK_FILE = paths.LOCK_FILE.with_name("tensorflow.lock")
 
-#: Bytes of the packages, and of their files when they are installed.
-DOWNLOADED, INSTALLED = 3_450_000_000, 6_600_000_000
-
-#: Seconds between two looks at how far the installation is.
-INTERVAL = 5
+#: Size of the packages, and of their files when they are installed, in GB.
+DOWNLOADED, INSTALLED = 3.5, 6.6
 
 
 def _directory() -> Path:
@@ -46,23 +38,21 @@ def python() -> str:
     return str(_python()) if _python().exists() else sys.executable
 
 
-def version() -> str:
-    """Return the version of the TensorFlow that the scripts import."""
-    if not _python().exists():
-        return packages.versions("tensorflow")["tensorflow"]
-    where = [str(path) for path in _directory().glob("lib/python*/site-packages")]
-    return next(iter(importlib.metadata.distributions(name="tensorflow", path=where))).version
-
-
-@contextlib.contextmanager
-def package_path() -> Iterator[str]:
-    """Yield a directory for PYTHONPATH that has electra_wrap and nothing else.
-
-    Beside an installed package are the packages of its own environment.
-    """
-    with tempfile.TemporaryDirectory(prefix="electra_wrap-") as directory:
-        Path(directory, "electra_wrap").symlink_to(paths.PACKAGE)
-        yield directory
+def list_gpus() -> list[str]:
+    """Return the names of the GPUs that this TensorFlow sees."""
+    code = (
+        "import tensorflow as tf\n"
+        "for gpu in tf.config.list_physical_devices('GPU'):\n"
+        "    details = tf.config.experimental.get_device_details(gpu)\n"
+        "    print('GPU', details.get('device_name', gpu.name))"
+    )
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    command = [python(), "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
+        raise EnvironmentProblem(f"TensorFlow does not start ({reason}); install it again")
+    return [line[4:] for line in done.stdout.splitlines() if line.startswith("GPU ")]
 
 
 def has_gpu() -> bool:
@@ -79,16 +69,14 @@ def has_gpu() -> bool:
 def ensure() -> Path:
     """Return the directory of the environment. Install it if it does not exist.
 
-    EnvironmentProblem if a package cannot be fetched or differs from the lock, or the disk is full;
-    Interrupted after a signal. Neither leaves an environment.
+    EnvironmentProblem if pip fails, which says why; then there is no environment.
     """
     directory = _directory()
     if not _python().exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        download, size = DOWNLOADED / 1e9, (DOWNLOADED + INSTALLED) / 1e9
         log(
-            f"installs TensorFlow with CUDA in {directory}: downloads {download:.1f} GB, needs "
-            f"{size:.1f} GB of disk"
+            f"installs TensorFlow with CUDA in {directory}: downloads {DOWNLOADED} GB, needs "
+            f"{DOWNLOADED + INSTALLED:.0f} GB of disk"
         )
         with files.lock(directory.parent / ".lock", wait=True):
             if not _python().exists():
@@ -98,55 +86,22 @@ def ensure() -> Path:
 
 def _install(directory: Path) -> None:
     """Install in a temporary directory, then rename it: `bin/python` finds its packages there."""
-    vendor = directory.parent
-    for abandoned in vendor.glob(".install-*"):  # by a process that was killed
+    for abandoned in directory.parent.glob(".install-*"):  # by a process that was killed
         shutil.rmtree(abandoned)
     files.remove(directory)  # its interpreter is gone
-    log_file = vendor / f"{directory.name}.log"
-    log_file.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=vendor, prefix=".install-") as temporary:
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".install-") as temporary:
         work = Path(temporary, "environment")
         pip = [str(work / "bin" / "python"), "-I", "-m", "pip", "install", "--require-hashes"]
         pip += ["--only-binary=:all:", "--no-input", f"--requirement={LOCK_FILE}"]
         try:
-            subprocesses.follow([sys.executable, "-I", "-m", "venv", str(work)], log=log_file)
-            # pip's own configuration applies: index, proxy, cache. Its paths may be relative.
-            env = {**os.environ, "TMPDIR": temporary}
-            with _progress(Path(temporary)):
-                subprocesses.follow(pip, cwd=Path(), env=env, log=log_file)
-        except StageFailed:
-            reason = _reason(log_file.read_text("utf-8", "replace"))
+            subprocess.run([sys.executable, "-I", "-m", "venv", str(work)], check=True)
+            # pip's own configuration applies: index, proxy, cache.
+            environment = {**os.environ, "TMPDIR": temporary}
+            subprocess.run(pip, env=environment, stdout=sys.stderr, check=True)
+        except subprocess.CalledProcessError:
             raise EnvironmentProblem(
-                f"TensorFlow with CUDA cannot be installed: {reason}; see {log_file}, or do "
-                "without it: --set engine=native"
+                "TensorFlow with CUDA cannot be installed; see pip's message above, or do without "
+                "it: --set engine=native"
             ) from None
         os.sync()
         work.rename(directory)
-
-
-def _reason(output: str) -> str:
-    """Return why pip failed, from its output."""
-    if changed := re.search(r"DO NOT MATCH THE HASHES.*\n\s+(\S+) from", output):
-        return f"{changed[1]} has another digest than in {LOCK_FILE.name}"
-    errors = re.findall(r"^ERROR: (.+)", output, re.M)
-    return str(errors[-1]) if errors else output.strip().rpartition("\n")[2]
-
-
-@contextlib.contextmanager
-def _progress(directory: Path) -> Iterator[None]:
-    """Show how much has been written to a directory, from a thread."""
-    finished = threading.Event()
-
-    def show() -> None:
-        with ProgressBar("TensorFlow", DOWNLOADED + INSTALLED, "MB") as bar:
-            while not finished.wait(INTERVAL):
-                with contextlib.suppress(OSError):  # files vanish while they are counted
-                    bar.update(sum(path.lstat().st_size for path in directory.rglob("*")))
-
-    thread = threading.Thread(target=show)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()

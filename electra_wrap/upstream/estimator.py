@@ -28,10 +28,8 @@ from typing import Any
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from electra_wrap import events, metrics, subprocesses
-from electra_wrap.engine import Checkpoint
-from electra_wrap.errors import EnvironmentProblem, StageFailed, diverged
-from electra_wrap.files import write_checksums
+from electra_wrap import checkpoints, events, metrics, subprocesses
+from electra_wrap.errors import EnvironmentProblem, StageFailed, diverged, find_disk_error
 from electra_wrap.upstream import engine
 
 SessionRunHook = tf.train.SessionRunHook
@@ -100,12 +98,23 @@ class TPUEstimator:
             )
             stop_hook = tf.train.StopAtStepHook(last_step=stop)
             hooks = [save, monitor, stop_hook, *spec.training_hooks]
+            self._report_setup()
             Path(config.model_dir).stat()  # else TensorFlow makes it anew where its disk is gone
             with tf.train.MonitoredSession(creator, hooks) as session:
                 while not session.should_stop():
                     session.run(spec.train_op)
         if monitor.interrupted:
             sys.exit(subprocesses.INTERRUPTED)
+
+    def _report_setup(self) -> None:
+        precision, gpus = self._runtime["precision"], self._runtime["devices"]
+        values = {
+            "device": f"1 × {gpus[0]}" if gpus else "1 × CPU",
+            "precision": "float32" if precision == "auto" else precision,
+            "threads": str(len(os.sched_getaffinity(0))),
+            "tensorflow": tf.__version__,
+        }
+        events.emit(events.Setup(values))
 
     def evaluate(self, input_fn: Callable[..., Any], steps: int) -> dict[str, Any]:
         """Return a checkpoint's metrics over `steps` batches, `loss` and `global_step`.
@@ -172,7 +181,7 @@ def _report_errors() -> Iterator[None]:
         try:
             yield
         except tf.errors.OpError as error:
-            if disk_error := subprocesses.find_disk_error(error.message):
+            if disk_error := find_disk_error(error.message):
                 raise disk_error from None
             if isinstance(error, tf.errors.ResourceExhaustedError):
                 raise EnvironmentProblem("out of memory; lower train.batch_size") from None
@@ -197,11 +206,11 @@ class _CheckpointListener(tf.train.CheckpointSaverListener):  # type: ignore[mis
             raise diverged(int(global_step_value), float("nan"))
 
     def after_save(self, session: Any, global_step_value: int) -> None:
-        saved = Checkpoint(engine.NAME, int(global_step_value), self._model_dir)
-        write_checksums(engine.checksums(saved), engine.weight_files(saved))
-        kept = {engine.checksums(checkpoint) for checkpoint in engine.checkpoints(self._model_dir)}
-        for outdated in set(self._model_dir.glob("model.ckpt-*.sha256")) - kept:
-            outdated.unlink()
+        step, directory = int(global_step_value), self._model_dir
+        checkpoints.finish(directory, step, engine.checkpoint_files(directory, step))
+        for old in checkpoints.steps(directory):
+            if not engine.checkpoint_files(directory, old)[0].exists():  # the saver removed it
+                checkpoints.checksums(directory, old).unlink()
 
 
 class _Monitor(tf.train.SessionRunHook):  # type: ignore[misc]

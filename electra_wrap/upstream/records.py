@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
+import multiprocessing
 import os
 import re
 import shutil
 import string
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, Any
 
-from electra_wrap.data import parts, tfrecords
+from electra_wrap import events, subprocesses
+from electra_wrap.data import tfrecords
 from electra_wrap.data.vocab import WordCache
 
 # Most words can do without upstream's slow tokenizer. It leaves these characters of cased text as
@@ -102,12 +104,10 @@ def _feature(name: bytes, values: bytes) -> bytes:
 
 
 def _open(path: str, mode: str | None = None) -> IO[Any]:
-    """Open a file as GFile does. The script opens its text, and only that, without a mode."""
-    if mode is None:
-        return parts.open_with_progress(Path(path))
-    if "b" in mode:
-        return Path(path).open(mode)
-    return Path(path).open(mode, encoding="utf-8", newline="\n")
+    """Open a file as GFile does: a line of text ends with \\n alone."""
+    if "b" in (mode or ""):
+        return Path(path).open(str(mode))
+    return Path(path).open(mode or "r", encoding="utf-8", newline="\n")
 
 
 def _make_directory(path: str) -> None:
@@ -133,11 +133,20 @@ class tf:
 def build(
     write_examples: Callable[[int, argparse.Namespace], None], args: argparse.Namespace
 ) -> None:
-    """Build the parts that `--jobs` names, each by one of the script's jobs."""
+    """Do the script's jobs, one for each shard, in as many processes as there are processors.
 
-    def job(number: int, out: Path) -> int:
-        out.mkdir()
-        write_examples(number, argparse.Namespace(**{**vars(args), "output_dir": str(out)}))
-        return sum(map(tfrecords.count, out.iterdir()))
-
-    parts.build(job, Path(args.output_dir), **json.loads(args.jobs))
+    By itself, the script starts all of them at once, and succeeds if one of them dies.
+    """
+    shards = sorted(Path(args.corpus_dir).iterdir())
+    context = multiprocessing.get_context("fork")  # write_examples is not in a module
+    workers = min(len(shards), len(os.sched_getaffinity(0)))
+    initializer = subprocesses.die_with_parent
+    with (
+        subprocesses.report_errors(),
+        ProcessPoolExecutor(workers, context, initializer=initializer) as pool,
+    ):
+        sizes = {n: size for n, path in enumerate(shards) if (size := path.stat().st_size)}
+        jobs = {pool.submit(write_examples, n, args): size for n, size in sizes.items()}
+        for job in as_completed(jobs):
+            job.result()
+            events.emit(events.Progress(jobs[job]))

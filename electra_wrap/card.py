@@ -9,14 +9,11 @@ from typing import Any
 
 from electra_wrap import __version__, hub
 from electra_wrap.data import corpus, sources
-from electra_wrap.engine import Checkpoint
-from electra_wrap.engines import ENGINES
-from electra_wrap.errors import mask
+from electra_wrap.engines import engine_of
 from electra_wrap.metrics import UPSTREAM
-from electra_wrap.monitor import evaluation
-from electra_wrap.monitor.templates import render
 from electra_wrap.profile import NETWORKS, Network, TwoModels, toml
 from electra_wrap.run import Run
+from electra_wrap.templates import render
 
 #: Type and name of the task by which a network is evaluated.
 _TASKS = {
@@ -28,14 +25,13 @@ _TASKS = {
 _METRIC_TYPES = {"auc": "roc_auc", "sampled_accuracy": "accuracy"}
 
 #: A data set on a hub, and a source on this machine that is written as a URL.
-_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+|[\w.-]+)([@:]|$)")
-_LOCAL_URL = re.compile(r"(file|local)://|hf://datasets//")
+_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+_LOCAL_URL = re.compile(r"(file|local)://")
 
 
-def model_card(run: Run, network: Network, checkpoint: Checkpoint) -> str:
-    """Return the README.md of a network that was exported from a checkpoint."""
-    public = _public_profile(run)
-    evaluated_by, evaluated = evaluation.find(run, checkpoint)
+def model_card(run: Run, network: Network, step: int) -> str:
+    """Return the README.md of a network that was exported from the checkpoint of `step`."""
+    public, evaluated = _public_profile(run), run.model.evaluations.get(step, {})
     metrics = {
         name: evaluated[name]
         for name in UPSTREAM.values()
@@ -47,29 +43,16 @@ def model_card(run: Run, network: Network, checkpoint: Checkpoint) -> str:
         run=run,
         profile=run.profile,
         network=network,
-        checkpoint=checkpoint,
-        engines=ENGINES,
-        trained_by=_trained_by(run, checkpoint),
+        step=step,
+        credit=engine_of(run).CREDIT,
         base_model=_base_model(run, network),
-        base_digest=run.record(run.train_record)["inputs"].get("model.init_from"),
         public=public,
         count_meanings=corpus.COUNTS,
         metrics=metrics,
-        evaluated_by=evaluated_by,
         evaluated=evaluated,
         toml=toml(public),
-        versions=_versions(run),
+        version=__version__,
     )
-
-
-def _trained_by(run: Run, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """Return which engine trained which steps: its name, the first step and the last."""
-    unknown = {"engine": checkpoint.engine, "from_step": 0, "to_step": checkpoint.step}
-    return [
-        (segment["engine"], segment["from_step"] + 1, min(segment["to_step"], checkpoint.step))
-        for segment in run.model.get("trained_by", [unknown])
-        if segment["from_step"] < checkpoint.step
-    ]
 
 
 def _base_model(run: Run, network: Network) -> str | None:
@@ -116,20 +99,12 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
     return str(data.to_yaml())
 
 
-def _versions(run: Run) -> dict[str, str]:
-    """Return the versions of the packages in use, and upstream's pin and patches."""
-    versions: dict[str, str] = {}
-    for stage in ("corpus", "vocab", run.examples_record, run.train_record, "convert"):
-        versions |= run.record(stage).get("versions", {})
-    return {"electra_wrap": __version__, **dict(sorted(versions.items()))}
-
-
 def _public_profile(run: Run) -> dict[str, Any]:
     """Return the values of the profile without the paths of this machine."""
 
     def public(source: str) -> str:
         is_public = sources.is_remote(source) and not _LOCAL_URL.search(source)
-        return mask(source) if is_public else Path(source).name
+        return source if is_public else Path(source).name
 
     values = run.profile.model_dump()
     values["corpus"]["source"] = list(map(public, run.profile.corpus.sources))

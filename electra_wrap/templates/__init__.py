@@ -12,7 +12,7 @@ def render(name: str, **values: Any) -> str:
     """Return a template filled in; HTML is escaped. File names need not be valid Unicode."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html.j2"]),
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

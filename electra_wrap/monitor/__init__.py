@@ -1,1 +1,0 @@
-"""What describes a training: scalars, evaluations, model cards and reports."""

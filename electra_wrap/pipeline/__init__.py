@@ -1,1 +1,0 @@
-"""The stages from text to model, and what runs them."""
