@@ -1,17 +1,15 @@
 """The model card: the README.md of an exported model, with the metadata that a hub reads."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from electra_wrap import __version__, hub
+from electra_wrap.architecture import NETWORKS, Network
 from electra_wrap.data import corpus, sources
-from electra_wrap.engines import engine_of
 from electra_wrap.metrics import UPSTREAM
-from electra_wrap.profile import NETWORKS, Network, TwoModels, toml
+from electra_wrap.profile import TwoModels, toml
 from electra_wrap.run import Run
 from electra_wrap.templates import render
 
@@ -41,10 +39,8 @@ def model_card(run: Run, network: Network, step: int) -> str:
         "model_card.md",
         metadata=_metadata(run, network, metrics),
         run=run,
-        profile=run.profile,
         network=network,
         step=step,
-        credit=engine_of(run).CREDIT,
         base_model=_base_model(run, network),
         public=public,
         count_meanings=corpus.COUNTS,

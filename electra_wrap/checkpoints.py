@@ -4,8 +4,6 @@ step-N.sha256 names the files of the checkpoint of step N with their SHA-256. It
 without it, there is no checkpoint.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

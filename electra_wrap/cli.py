@@ -3,13 +3,12 @@
 It imports neither TensorFlow nor PyTorch, and nothing slow before a command.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 from absl import app, logging
@@ -83,4 +82,6 @@ def entry_point() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
+    # TensorBoard writes in a thread. It raises an error of the disk again where we write next.
+    threading.excepthook = lambda details: None
     app.run(_main, flags_parser=_parse)

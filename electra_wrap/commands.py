@@ -4,19 +4,19 @@
 about a run: they take its directory and use the profile that it ran with.
 """
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from electra_wrap import profile, signals
 from electra_wrap import profiles as profile_files
-from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, UsageError, visible
+from electra_wrap import signals
+from electra_wrap.architecture import NETWORKS
+from electra_wrap.errors import CONTROL, ElectraWrapError, EnvironmentProblem, UsageError, visible
 from electra_wrap.run import MANIFEST, Run
 
 Arguments = argparse.Namespace
@@ -44,7 +44,6 @@ _RUN_DIR_OPTION = _argument("--run-dir", type=Path, metavar="DIR", help="default
 _RUN_DIR = _argument("run_dir", metavar="RUN_DIR", type=Path)
 _UPSTREAM = _argument("--upstream", metavar="SRC", help="URL, clone or bundle of upstream")
 _STEP = _argument("--step", type=int, metavar="N", help="default: the latest checkpoint")
-_JSON = _argument("--json", action="store_true", help="print JSON")
 
 
 @_command(
@@ -82,7 +81,7 @@ def profiles(arguments: Arguments) -> None:
     _argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="show this run's profile"),
     _PROFILE,
     _SET,
-    _argument("--what", choices=["profile", "hparams", *profile.NETWORKS], default="profile"),
+    _argument("--what", choices=["profile", "hparams", *NETWORKS], default="profile"),
 )
 def show(arguments: Arguments) -> None:
     from electra_wrap.data import vocab
@@ -200,7 +199,7 @@ def doctor(arguments: Arguments) -> None:
         raise EnvironmentProblem(f"{arguments.profile} needs: {names}; fix that first")
 
 
-@_command("evaluate a checkpoint on held-out text", _RUN_DIR, _UPSTREAM, _STEP, _JSON)
+@_command("evaluate a checkpoint on held-out text, as JSON", _RUN_DIR, _UPSTREAM, _STEP)
 def evaluate(arguments: Arguments) -> None:
     from electra_wrap import checkpoints, stages
     from electra_wrap.engines import engine_of
@@ -211,19 +210,14 @@ def evaluate(arguments: Arguments) -> None:
     with opened.lock():
         step = checkpoints.require(opened.model_dir, arguments.step)
         engine_of(opened).prepare(opened)
-        metrics = {"step": step, **stages.evaluate(opened, step)}
-    if arguments.json:
-        _print_json(metrics)
-        return
-    for key, value in metrics.items():
-        print(f"{key:28} {value:>10,.{4 if value % 1 else 0}f}")
+        _print_json({"step": step, **stages.evaluate(opened, step)})
 
 
 @_command("write report.html of a run, also while it trains", _RUN_DIR)
 def report(arguments: Arguments) -> None:
     from electra_wrap import report as page  # imports matplotlib
 
-    print(page.write(Run.open(arguments.run_dir)))
+    print(visible(str(page.write(Run.open(arguments.run_dir)))))
 
 
 def _load_run(arguments: Arguments) -> Run:
@@ -235,4 +229,9 @@ def _load_run(arguments: Arguments) -> Run:
 
 def _print_json(value: Any, indent: int | None = 2) -> None:
     utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-    print(json.dumps(value, indent=indent, ensure_ascii=not utf8))
+    text = json.dumps(value, indent=indent, ensure_ascii=not utf8)
+    print(
+        "\n".join(
+            re.sub(CONTROL, lambda c: f"\\u{ord(c[0]):04x}", line) for line in text.split("\n")
+        )
+    )

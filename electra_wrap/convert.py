@@ -1,23 +1,63 @@
 """`convert`: a checkpoint becomes two models that transformers loads, or back."""
 
-from __future__ import annotations
-
+import itertools
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-from electra_wrap import checkpoints, files, stages, subprocesses
-from electra_wrap.data import vocab
+from electra_wrap import checkpoints, files, subprocesses
+from electra_wrap.architecture import NETWORKS
+from electra_wrap.card import model_card
+from electra_wrap.data import corpus, vocab
+from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import NETWORKS
 from electra_wrap.run import Run
 from electra_wrap.weights import find_prefix
+
+#: A plain sentence, and one with words that do not fit.
+TEXTS = ("Los pájaros están hablando", "Los pájaros están cantando en la piedra del mañana")
+
+#: Held-out lines that the report shows with the models' output: their number, and their length.
+SENTENCES, SENTENCE_LENGTHS = 2, range(50, 110)
+
+
+def export(run: Run, step: int, out: Path) -> dict[str, Any]:
+    """Write both networks of a checkpoint to `out`, each with its tokenizer and its model card.
+
+    Load them in transformers. UsageError if one lacks weights or gives values that are not finite.
+    Return what `inference.check` returns.
+    """
+    run.refuse_other_vocabulary()
+    engine_of(run).export(run, step, out)
+    tokens = vocab.read(run.vocabulary)
+    for network in NETWORKS:
+        vocab.write_tokenizer(
+            out / network,
+            tokens,
+            max_length=run.profile.model.max_seq_length,  # later positions were never trained
+            **run.profile.tokenizer.normalization,
+        )
+        files.write_text(out / network / "README.md", model_card(run, network, step))
+    lines = (line.decode().strip() for line in corpus.lines(run.held_out))
+    fitting = (line for line in lines if len(line) in SENTENCE_LENGTHS)
+    job = {
+        "directory": str(out),
+        "texts": list(TEXTS),
+        "sentences": list(itertools.islice(fitting, SENTENCES)),
+        "seed": run.profile.train.seed,
+    }
+    log_file = run.log_file("convert")
+    results: dict[str, Any] = subprocesses.call(
+        "electra_wrap.inference", "check", job, log=log_file, env=subprocesses.OFFLINE
+    )
+    return results
 
 
 def from_run(run: Run, step: int | None, out: Path) -> None:
     """Export a run's latest intact checkpoint, or that of a step, to the new directory `out`."""
     found = checkpoints.require(run.model_dir, step)
     with _new_directory(out) as work:
-        stages.export(run, found, work)
+        export(run, found, work)
 
 
 def from_tensorflow(

@@ -1,7 +1,5 @@
 """`detect`: reads texts, and prints the tokens of each."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence

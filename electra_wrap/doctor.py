@@ -1,7 +1,5 @@
 """`doctor`: reports what a run needs and this machine lacks, and how to fix it."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import shutil
@@ -46,8 +44,7 @@ def _checks(run: Run) -> Iterator[tuple[str, Callable[[], str], bool]]:
         needed = profile.train.device == "gpu" and name == profile.engine
         yield f"GPUs, {name} engine", functools.partial(_gpus, name), needed
     yield "compiler", _compiler, False
-    yield "upstream", functools.partial(checkout.look, run.upstream), is_upstream
-    yield "upstream's Python", environment.python, is_upstream
+    yield "upstream", functools.partial(_upstream, run), is_upstream
     if profile.model.init_from:
         yield "model.init_from", functools.partial(_initial_weights, run), True
     if profile.tokenizer.source not in ("", "train"):
@@ -77,6 +74,14 @@ def _compiler() -> str:
     if problem := find_compiler_problem():
         raise EnvironmentProblem(problem)
     return "train.compile works on a GPU: a C compiler and Python.h are there"
+
+
+def _upstream(run: Run) -> str:
+    if run.profile.engine == "upstream":
+        return f"verified, in {checkout.ensure(run.upstream)}; runs with {environment.python()}"
+    if checkout.directory().exists():
+        return f"verified, in {checkout.ensure()}"
+    raise EnvironmentProblem("not fetched; `vendor` fetches it")
 
 
 def _initial_weights(run: Run) -> str:

@@ -1,7 +1,5 @@
 """All engines, by their names in profiles, and what the pipeline needs of them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +18,6 @@ class Engine(Protocol):
 
     They raise UsageError, EnvironmentProblem, StageFailed or Interrupted.
     """
-
-    #: The line of the model card that credits it.
-    CREDIT: str
 
     def prepare(self, run: Run) -> None:
         """Fetch and verify what building and training need, before any work starts."""

@@ -9,12 +9,12 @@ _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 _DISK_ERROR = re.compile("|".join(map(os.strerror, _DISK_ERRNOS)))
 
 #: Characters that a terminal obeys: controls, and changes of the writing direction.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
     """Replace characters that a terminal would obey by U+FFFD."""
-    return _CONTROL.sub("\ufffd", text)
+    return CONTROL.sub("\ufffd", text)
 
 
 class ElectraWrapError(Exception):

@@ -1,7 +1,5 @@
 """The events that child processes report: one line of JSON each on stdout."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

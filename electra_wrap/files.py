@@ -1,7 +1,5 @@
 """Files and directories that are never seen half written, checksums and locks."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

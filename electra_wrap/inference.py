@@ -4,8 +4,6 @@
 `subprocesses.call`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import random
@@ -14,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from electra_wrap import subprocesses
+from electra_wrap.architecture import read_hf_config
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import read_hf_config
 from electra_wrap.progress import log
 
 #: Texts that a child process gets at once.

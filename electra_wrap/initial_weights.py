@@ -5,24 +5,31 @@ are, they become two models of transformers in the run directory, once, before a
 and vocabulary of the profile follow from these.
 """
 
-from __future__ import annotations
-
 import contextlib
+import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 
 from electra_wrap import checkpoints, files, hub, subprocesses, weights
+from electra_wrap.architecture import NETWORKS, SIZES, Network, Shape
 from electra_wrap.data import vocab
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
-from electra_wrap.profile import NETWORKS, OF_WEIGHTS, SIZES, Network, Profile, TwoModels
+from electra_wrap.profile import OF_WEIGHTS, Profile, TwoModels
 from electra_wrap.progress import log
 from electra_wrap.run import MANIFEST, Run
+
+#: Keys of config.json of which both engines support one value, or the value that weights have.
+_FIXED = ("vocab_size", *(field.name for field in dataclasses.fields(Shape)))
+_FIXED += ("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps")
 
 
 def resolve(run: Run, *, dry_run: bool = False) -> None:
@@ -36,6 +43,8 @@ def resolve(run: Run, *, dry_run: bool = False) -> None:
     if init_from is None:
         run.model.initial = {}
         return
+    if isinstance(init_from, str) and Path(init_from).resolve() == run.directory.resolve():
+        raise UsageError("model.init_from is this run directory; choose another --run-dir")
     given = init_from if isinstance(init_from, str) else init_from.model_dump()
     has_begun = bool(checkpoints.steps(run.model_dir))
     if not has_begun or run.model.initial.get("given") != given:
@@ -73,6 +82,7 @@ def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[st
         tokenizer = _describe_tokenizer(init_from.discriminator)
     elif (path / MANIFEST).is_file():
         source = Run.open(path)
+        source.refuse_other_vocabulary()
         exported.mkdir()
         engine_of(source).export(source, checkpoints.require(source.model_dir, None), exported)
         tokenizer = {"source": str(source.vocabulary), **source.profile.tokenizer.normalization}
@@ -83,7 +93,7 @@ def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[st
     else:
         kinds = "a run, its hf/, a TensorFlow checkpoint or two models of transformers"
         raise UsageError(f"model.init_from = {init_from!r} is not there; give {kinds}")
-    configs = weights.collect(models, out)
+    configs = _copy(models, out)
     files.remove(exported)
     found = _keys(configs["discriminator"], configs["generator"])
     found |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
@@ -146,13 +156,42 @@ def _describe_tokenizer(source: str) -> dict[str, Any]:
     }
 
 
+def _copy(models: Mapping[Network, Path], out: Path) -> dict[Network, dict[str, Any]]:
+    """Copy two models of transformers, directories, to `out`/NETWORK, and return their configs.
+
+    UsageError unless they are complete and finite, and share their embeddings: both engines train
+    such models.
+    """
+    configs, loaded = dict[Network, dict[str, Any]](), {}
+    for network, directory in models.items():
+        config, loaded[network] = weights.load(directory)
+        projection = config["embedding_size"] != config["hidden_size"]
+        names = weights.mapping(network, config["num_hidden_layers"], projection=projection)
+        weights.refuse_other_parameters(network, loaded[network], names.values())
+        shapes = {
+            variable: loaded[network][pytorch].shape[
+                :: -1 if weights.is_transposed(variable) else 1
+            ]
+            for variable, pytorch in names.items()
+        }
+        configs[network], _ = weights.describe(network, shapes, config["num_attention_heads"])
+        fixed = {key: config[key] for key in _FIXED if key in config}
+        weights.refuse_difference(network, configs[network], fixed)
+        if bad := [name for name, value in loaded[network].items() if not np.isfinite(value).all()]:
+            problem = f"{directory}: {weights.shorten(bad)} has values that are not finite"
+            raise UsageError(f"{problem}; give another model")
+    if not weights.have_same_embeddings(loaded["discriminator"], loaded["generator"]):
+        problem = f"{models['generator']} has other embeddings than the discriminator"
+        raise UsageError(f"{problem}; give two networks that share them")
+    for network, tensors in loaded.items():
+        (out / network).mkdir()
+        save_file(tensors, out / network / "model.safetensors", {"format": "pt"})
+        files.write_json(out / network / "config.json", configs[network])
+    return configs
+
+
 def _keys(discriminator: dict[str, Any], generator: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of the profile's model for the config.json of both networks."""
-    for key in ("vocab_size", "embedding_size", "max_position_embeddings"):
-        if discriminator[key] != generator[key]:
-            sizes = f"{key} is {discriminator[key]:,} for the discriminator"
-            sizes += f", {generator[key]:,} for the generator"
-            raise UsageError(f"model.init_from: {sizes}; name both networks of one ELECTRA")
     hidden, layers = discriminator["hidden_size"], discriminator["num_hidden_layers"]
     names = [name for name, size in SIZES.items() if size == (hidden, layers)]
     found: dict[str, Any] = {

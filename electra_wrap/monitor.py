@@ -3,8 +3,6 @@
 Each model has two TensorBoard runs with the same tags: models/NAME/train and models/NAME/eval.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -4,19 +4,16 @@ A stage is repeated when what it is made from has changed. That follows from the
 the sizes and times of the sources, without running anything. So a plan is exact, and costs nothing.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import time
-from collections.abc import Iterable
 
 from electra_wrap import checkpoints, files, initial_weights
 from electra_wrap.engines import choose_devices, engine_of
 from electra_wrap.errors import UsageError
 from electra_wrap.progress import format_duration, log
 from electra_wrap.run import Record, Run
-from electra_wrap.stages import EVALUATE, EXAMPLES, STAGES, TRAIN, Stage, Values
+from electra_wrap.stages import CONVERT, EVALUATE, EXAMPLES, STAGES, TRAIN, Stage, Values
 
 
 def execute(run: Run, until: str | None = None, *, dry_run: bool = False) -> int:
@@ -27,10 +24,10 @@ def execute(run: Run, until: str | None = None, *, dry_run: bool = False) -> int
     names = [stage.name for stage in STAGES]
     if until not in (None, *names):
         raise UsageError(f"--until {until}: no such stage; the stages are {', '.join(names)}")
-    selected = STAGES[: names.index(until or names[-1]) + 1]
+    number = names.index(until or names[-1]) + 1
     if dry_run:
         initial_weights.resolve(run, dry_run=True)
-        for stage, reason in (planned := _plan(run, selected)):
+        for stage, reason in (planned := _plan(run, number)):
             log(f"would do: {stage.name} ({reason})")
         if not planned:
             log("nothing to do: everything is up to date")
@@ -38,9 +35,9 @@ def execute(run: Run, until: str | None = None, *, dry_run: bool = False) -> int
     started = time.monotonic()
     with run.lock():
         initial_weights.resolve(run)
-        if _plan(run, selected):
+        if _plan(run, number):
             checkpoints.latest_intact(run.model_dir)  # a damaged one is not to be used
-        planned = _plan(run, selected)
+        planned = _plan(run, number)
         if not planned:
             log("nothing to do: everything is up to date")
             return 0
@@ -51,20 +48,23 @@ def execute(run: Run, until: str | None = None, *, dry_run: bool = False) -> int
         for stage, _ in planned:
             _do(run, stage)
     took = format_duration(time.monotonic() - started)
-    log(f"{len(planned)} of {len(selected)} stages done, {took}")
+    log(f"{len(planned)} of {number} stages done, {took}")
     return len(planned)
 
 
-def _plan(run: Run, stages: Iterable[Stage]) -> list[tuple[Stage, str]]:
-    """Return the stages that have to be done, in order, each with the reason."""
+def _plan(run: Run, number: int) -> list[tuple[Stage, str]]:
+    """Return those of the first `number` stages that have to be done, each with the reason.
+
+    UsageError if one of all stages must not be done: data of a trained model is not replaced.
+    """
     planned: list[tuple[Stage, str]] = []
-    for stage in stages:
+    for stage in STAGES:
         reason = _find_reason(run, stage)
         if reason is None and TRAIN in (earlier for earlier, _ in planned):
             reason = "depends on train"
         if reason:
             planned.append((stage, reason))
-    return planned
+    return [(stage, reason) for stage, reason in planned if stage in STAGES[:number]]
 
 
 def _find_reason(run: Run, stage: Stage) -> str | None:
@@ -131,6 +131,8 @@ def _do(run: Run, stage: Stage) -> None:
         if old := files.archive(path):
             log(f"{stage.name}: the former {path.name} is now {old.name}")
     run.manifest.stages[stage.record_name(run)] = record
+    for later in (EVALUATE, CONVERT) if stage is TRAIN else ():
+        run.manifest.stages.pop(later.record_name(run), None)  # they are of other weights
     run.save()
     record.results = stage.do(run)
     record.done, record.seconds = True, round(time.monotonic() - started, 1)

@@ -4,30 +4,16 @@ profiles.py loads it from files. Upstream's hparams.json (upstream/hparams.py) a
 config.json follow from it.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from electra_wrap.errors import UsageError
+from electra_wrap.architecture import NETWORKS, POSITIONS, SIZES, Network, Shape, hf_config
 
 EngineName = Literal["native", "upstream"]
-Network = Literal["discriminator", "generator"]
-NETWORKS: tuple[Network, Network] = ("discriminator", "generator")
-
-#: Hidden size and layers of upstream's model sizes (util/training_utils.py of the pin).
-SIZES = {"small": (256, 12), "base": (768, 12), "large": (1024, 24)}
-
-#: Rows of the position embeddings, whatever the training length (BertConfig's default in the pin).
-POSITIONS = 512
-
 #: Keys that follow from the weights in model.init_from, by section.
 OF_WEIGHTS = {
     "model": (
@@ -172,10 +158,8 @@ class Model(_Section):
         if network == "generator":
             hidden = round(hidden * self.generator_hidden_size)
             layers = round(layers * self.generator_layers)
-            heads, intermediate = (
-                self.generator_num_attention_heads,
-                self.generator_intermediate_size,
-            )
+            heads = self.generator_num_attention_heads
+            intermediate = self.generator_intermediate_size
         return Shape(
             embedding_size=embedding,
             hidden_size=hidden,
@@ -183,23 +167,6 @@ class Model(_Section):
             num_attention_heads=heads or max(1, hidden // 64),
             intermediate_size=intermediate or 4 * hidden,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of one network under transformers' names."""
-
-    embedding_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-
-    @property
-    def matrix_parameters(self) -> int:
-        """Weights of the layers' matrices and of the embedding projection, without biases."""
-        layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
-        return self.num_hidden_layers * layer + self.embedding_size * self.hidden_size
 
 
 class Train(_Section):
@@ -245,12 +212,11 @@ class Profile(_Section):
         if self.train.evaluate_every and not self.corpus.held_out:
             yield "train.evaluate_every", "no text is held out; set corpus.held_out, e.g. 0.005"
         if self.engine == "upstream":
-            generator, train = self.model.shape("generator"), self.train
-            size = generator.hidden_size
-            heads, intermediate = generator.num_attention_heads, generator.intermediate_size
+            shape, train = self.model.shape("generator"), self.train
+            size, heads = shape.hidden_size, shape.num_attention_heads
             unsupported = {
                 "model.generator_num_attention_heads": heads != max(1, size // 64),
-                "model.generator_intermediate_size": intermediate != 4 * size,
+                "model.generator_intermediate_size": shape.intermediate_size != 4 * size,
                 "train.micro_batches": train.micro_batches != 1,
                 "train.precision": train.precision == "bfloat16",
                 "train.compile": train.compile is True,
@@ -294,49 +260,6 @@ class Profile(_Section):
         shape = self.model.shape(network)
         rows = vocab_size + self.model.max_position_embeddings
         return shape.matrix_parameters + shape.embedding_size * rows
-
-
-def hf_config(
-    network: Network, shape: Shape, vocab_size: int, positions: int = POSITIONS
-) -> dict[str, Any]:
-    """Return transformers' config.json of a network of this shape.
-
-    Dropout, activation and the other constants are those of upstream's BertConfig.
-    """
-    architecture = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}
-    return {
-        "architectures": [architecture[network]],
-        "model_type": "electra",
-        "vocab_size": vocab_size,
-        **dataclasses.asdict(shape),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "max_position_embeddings": positions,
-        "type_vocab_size": 2,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-
-
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """Return the sizes and constants in the config.json of an ELECTRA of any origin.
-
-    Its other keys are left out: some have transformers fetch and run code. UsageError if a size is
-    missing or no number.
-    """
-    example = hf_config("generator", Shape(1, 1, 1, 1, 1), vocab_size=1)
-    sizes = ["vocab_size", *(field.name for field in dataclasses.fields(Shape))]
-    try:
-        config = json.loads((directory / "config.json").read_text("utf-8"))
-        selected = {key: config[key] for key in example if key in config}
-        return selected | {name: int(config[name]) for name in sizes}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{directory} has no ELECTRA for transformers ({error!r})"
-        raise UsageError(f"{message}; give a directory with it") from None
 
 
 def toml(values: Mapping[str, Any]) -> str:

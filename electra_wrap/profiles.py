@@ -1,7 +1,5 @@
 """Loading profiles: from configs/NAME.toml or a file, with `extends` and `--set`."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re
@@ -150,25 +148,21 @@ def _explain(error: ValidationError) -> str:
     """Return the first of pydantic's errors as one line: key, value, what is wrong."""
     first = error.errors()[0]
     branches = ("str", "list[", "literal[", "bool", "TwoModels")  # of a union
-    location = [str(part) for part in first["loc"] if not str(part).startswith(branches)]
-    value, kind, message = first["input"], first["type"], " ".join(first["msg"].split())
-    if kind == "problem":
+    parts = [str(part) for part in first["loc"] if not str(part).startswith(branches)]
+    value, message = first["input"], " ".join(first["msg"].split())
+    if first["type"] == "problem":
         for part in first["ctx"]["key"].split("."):
-            location.append(part)
+            parts.append(part)
             value = value.get(part) if isinstance(value, dict) else None
-    dotted = ".".join(location)
-    if kind == "missing":
-        return f"{dotted} is missing; set it"
-    if kind == "extra_forbidden":
+    dotted = ".".join(parts)
+    if first["type"] == "extra_forbidden":
         model: Any = Profile
-        for part in location[:-1]:
+        for part in parts[:-1]:
             model = model.model_fields[part].annotation
-        suggestion = _suggestion(location[-1], list(model.model_fields))
+        suggestion = _suggestion(parts[-1], list(model.model_fields))
         return f"unknown key {dotted}{suggestion}; remove or rename it"
-    shown = "" if value is None else f" = {value!r}"
-    if len(shown) > 80:
-        shown = f"{shown[:77]}…"
-    hint = "" if ";" in message else "; correct the value"
+    shown = "" if value is None or first["type"] == "missing" else f" = {value!r:.80}"
+    hint = "" if ";" in message else "; correct it"
     return f"{dotted}{shown}: {message[:1].lower()}{message[1:]}{hint}"
 
 

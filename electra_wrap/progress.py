@@ -1,7 +1,5 @@
 """Messages and progress on stderr: a bar in a terminal, a line every 30 seconds elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from typing import Any
@@ -39,7 +37,12 @@ class ProgressBar(tqdm):  # type: ignore[misc]
     """Progress in units, e.g. steps or B (bytes). `total` is 0 where it is not known."""
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
-        options: dict[str, Any] = {"total": total or None, "initial": done, "unit": unit, "unit_scale": unit == "B"}
+        options: dict[str, Any] = {
+            "total": total or None,
+            "initial": done,
+            "unit": unit,
+            "unit_scale": unit == "B",
+        }
         if not sys.stderr.isatty():
             options |= {"file": _Lines(), "mininterval": INTERVAL, "ascii": True, "ncols": 99}
         super().__init__(desc=name, dynamic_ncols=sys.stderr.isatty(), **options)

@@ -1,7 +1,5 @@
 """report.html: the settings, learning curves and results of a run, in one file."""
 
-from __future__ import annotations
-
 import datetime
 import io
 import warnings

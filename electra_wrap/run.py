@@ -1,12 +1,10 @@
 """A run: a profile in a run directory."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel
 
@@ -43,6 +41,8 @@ class ModelRecord(BaseModel):
     evaluations: dict[int, dict[str, float]] = {}
     #: What the last attempt to train it ran on (`events.Setup`).
     setup: dict[str, str] = {}
+    #: The SHA-256 of its vocab.txt.
+    vocabulary: str = ""
     #: What model.init_from gave when the training began (initial_weights.py).
     initial: dict[str, Any] = {}
 
@@ -69,14 +69,25 @@ class Run:
         upstream: str | None = None,
         launch: str | None = None,
     ) -> None:
-        self.profile = profile
-        self.directory = directory.absolute()
-        self.upstream = upstream
-        self.launch = launch
-        self.manifest = _read_manifest(self.directory)
+        self.profile, self.upstream, self.launch = profile, upstream, launch
+        self.directory = path = directory.absolute()
+        self.manifest = _read_manifest(path)
+        self.corpus, self.held_out, self.vocabulary = (
+            path / "corpus",
+            path / "heldout",
+            path / "vocab.txt",
+        )
+        #: The examples for training, the held-out ones, and the name of their record.
+        training, held_out = EXAMPLES[profile.engine]
+        self.examples = path / training, path / held_out
+        self.examples_record = f"examples {profile.engine}"
+        #: The verified weights in model.init_from, as two models, until training ends.
+        self.initial = path / "initial"
+        self.model_dir = path / "models" / profile.model_name
+        self.exported = path / "hf"
 
     @classmethod
-    def open(cls, directory: Path) -> Run:
+    def open(cls, directory: Path) -> Self:
         """Return the run in a directory, with the profile that it last ran with.
 
         UsageError if the directory is not a run directory.
@@ -114,50 +125,20 @@ class Run:
         return self.manifest.models.setdefault(self.profile.model_name, ModelRecord())
 
     @property
-    def corpus(self) -> Path:
-        return self.directory / "corpus"
-
-    @property
-    def held_out(self) -> Path:
-        return self.directory / "heldout"
-
-    @property
-    def vocabulary(self) -> Path:
-        return self.directory / "vocab.txt"
-
-    @property
     def vocab_size(self) -> int:
         """Number of tokens in vocab.txt, 0 before the stage `vocab`."""
         return int(self.results("vocab").get("vocab_size", 0))
-
-    @property
-    def examples_record(self) -> str:
-        """Name of the manifest's entry of the examples, which differ between engines."""
-        return f"examples {self.profile.engine}"
-
-    @property
-    def examples(self) -> tuple[Path, Path]:
-        """The directories of the engine's examples: for training, and held out."""
-        training, held_out = EXAMPLES[self.profile.engine]
-        return self.directory / training, self.directory / held_out
-
-    @property
-    def initial(self) -> Path:
-        """The verified weights in model.init_from, as two models, until training ends."""
-        return self.directory / "initial"
-
-    @property
-    def model_dir(self) -> Path:
-        return self.directory / "models" / self.profile.model_name
 
     def make_model_dir(self) -> None:
         """Make the model's directory, but not the run directory: if it is gone, so is its disk."""
         self.model_dir.parent.mkdir(exist_ok=True)
         self.model_dir.mkdir(exist_ok=True)
 
-    @property
-    def exported(self) -> Path:
-        return self.directory / "hf"
+    def refuse_other_vocabulary(self) -> None:
+        """Raise UsageError unless vocab.txt is that of the training."""
+        if files.sha256(self.vocabulary) != self.model.vocabulary:
+            problem = f"{self.vocabulary} is not the one that the model was trained with"
+            raise UsageError(f"{problem}; move it away, and `run` makes that again")
 
     def log_file(self, name: str) -> Path:
         path = self.directory / "logs" / f"{name}.log"

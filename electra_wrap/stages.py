@@ -4,23 +4,20 @@ The inputs of a stage are a pure function of the profile, of the sizes and times
 of the inputs of the stages before it.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from electra_wrap import checkpoints, files, subprocesses
-from electra_wrap.card import model_card
+from electra_wrap import checkpoints, files
+from electra_wrap.architecture import NETWORKS
+from electra_wrap.convert import export
 from electra_wrap.data import corpus, sources, vocab
 from electra_wrap.engines import choose_devices, engine_of
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.events import Evaluation, Event
 from electra_wrap.monitor import TrainingMonitor, discard_evaluations_after, record_evaluation
-from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import ProgressBar, log, warn
 from electra_wrap.run import Run
 
@@ -60,7 +57,7 @@ def _corpus_inputs(run: Run) -> Values:
     return {
         **{f"corpus.{key}": value for key, value in settings.items()},
         "corpus.source": [name for name in names if sources.is_remote(name)],
-        "the files of corpus.source": files.describe(
+        "content of corpus.source": files.describe(
             Path(name) for name in names if not sources.is_remote(name)
         ),
     }
@@ -107,7 +104,7 @@ def _vocab_inputs(run: Run) -> Values:
     inputs = {f"tokenizer.{key}": value for key, value in settings.model_dump().items()}
     if settings.source == "train":
         return inputs | _corpus_inputs(run)
-    if not sources.is_remote(settings.source):
+    if not run.model.initial and not sources.is_remote(settings.source):
         inputs["tokenizer.source"] = files.describe([vocab.locate(settings.source)])
     return inputs
 
@@ -199,6 +196,7 @@ def _train(run: Run) -> Values:
     if settings.evaluate_every and not held_out:
         warn("train.evaluate_every has no effect: there are no held-out examples")
     run.make_model_dir()
+    run.model.vocabulary = files.sha256(run.vocabulary)
     for path in (path for pattern in _TEMPORARY for path in run.model_dir.glob(pattern)):
         files.remove(path)
     start = max(checkpoints.steps(run.model_dir), default=0)
@@ -255,12 +253,6 @@ def evaluate(run: Run, step: int) -> Values:
 
 # ---- convert
 
-#: A plain sentence, and one with words that do not fit.
-TEXTS = ("Los pájaros están hablando", "Los pájaros están cantando en la piedra del mañana")
-
-#: Held-out lines that the report shows with the models' output: their number, and their length.
-SENTENCES, SENTENCE_LENGTHS = 2, range(50, 110)
-
 
 def _convert_inputs(run: Run) -> Values:
     names = ("description", "language", "model_name")
@@ -273,37 +265,6 @@ def _convert(run: Run) -> Values:
         results = export(run, step, out)
     log(f"convert: step {step:,} is in {run.exported}, and loads in transformers")
     return {"step": step, **results}
-
-
-def export(run: Run, step: int, out: Path) -> Values:
-    """Write both networks of a checkpoint to `out`, each with its tokenizer and its model card.
-
-    Load them in transformers. UsageError if one lacks weights or gives values that are not finite.
-    Return what `inference.check` returns.
-    """
-    engine_of(run).export(run, step, out)
-    tokens = vocab.read(run.vocabulary)
-    for network in NETWORKS:
-        vocab.write_tokenizer(
-            out / network,
-            tokens,
-            max_length=run.profile.model.max_seq_length,  # later positions were never trained
-            **run.profile.tokenizer.normalization,
-        )
-        files.write_text(out / network / "README.md", model_card(run, network, step))
-    lines = (line.decode().strip() for line in corpus.lines(run.held_out))
-    fitting = (line for line in lines if len(line) in SENTENCE_LENGTHS)
-    job = {
-        "directory": str(out),
-        "texts": list(TEXTS),
-        "sentences": list(itertools.islice(fitting, SENTENCES)),
-        "seed": run.profile.train.seed,
-    }
-    log_file = run.log_file("convert")
-    results: Values = subprocesses.call(
-        "electra_wrap.inference", "check", job, log=log_file, env=subprocesses.OFFLINE
-    )
-    return results
 
 
 CORPUS = Stage("corpus", _corpus_inputs, _corpus, lambda run: (run.corpus, run.held_out))

@@ -4,8 +4,6 @@ TensorFlow and PyTorch's CUDA wheels abort in one process: TensorFlow 2.21 and t
 same LLVM options. Either also takes seconds to import. So the command line imports neither.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import ctypes
@@ -73,8 +71,8 @@ def call(
 
     The process's output is appended to `log`. The error that the function raises is raised here.
     """
-    with pool(1, log=log, env=env) as executor:
-        return executor.submit(_run, module, function, arguments).result()
+    [result] = call_each(module, function, [arguments], log=log, env=env)
+    return result
 
 
 def call_each(
@@ -99,9 +97,15 @@ def pool(
 
     StageFailed if one of them is killed before.
     """
+    # Of semaphores that a killed process leaves, multiprocessing's own process would warn.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     context = multiprocessing.get_context("spawn")
     start = (child_environment(env), log)
     executor = ProcessPoolExecutor(workers, context, initializer=_start, initargs=start)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process inherits
+    for _ in range(workers):
+        executor.submit(os.getpid)  # starts a process
+    signal.signal(signal.SIGINT, before)
     try:
         yield executor
     except BaseException as error:
@@ -117,10 +121,8 @@ def pool(
 
 
 def _start(env: dict[str, str], log: Path | None) -> None:
-    """Prepare a process of a pool: its environment and its output. The parent handles signals."""
+    """Prepare a process of a pool: its environment and its output."""
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     os.environ.update(env)
     output = os.open(log or os.devnull, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
     for descriptor in (1, 2):

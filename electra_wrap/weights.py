@@ -7,10 +7,7 @@ neither in the tables nor in `NOT_WEIGHTS` is an error.
 `to_transformers` and `to_tensorflow` import TensorFlow: call them through `subprocesses.call`.
 """
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from electra_wrap.architecture import NETWORKS, Network, Shape, hf_config, read_hf_config
 from electra_wrap.errors import UsageError
 from electra_wrap.files import write_json
-from electra_wrap.profile import NETWORKS, Network, Shape, hf_config, read_hf_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -81,10 +78,6 @@ GENERATOR_HEAD = {
     "generator_predictions/output_bias": "generator_lm_head.bias",
 }
 
-#: Keys of config.json of which both engines support one value, or the value that weights have.
-FIXED = ("vocab_size", *(field.name for field in dataclasses.fields(Shape)))
-FIXED += ("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps")
-
 #: Variables that no model has: the optimizer's, the step, and the temperature of released models.
 NOT_WEIGHTS = re.compile(r"^global_step$|/adam_[mv]$|(^|/)temperature$")
 
@@ -140,7 +133,7 @@ def describe(
         raise UsageError(f"{message}; give a divisor")
     names = mapping(network, layers, projection=embedding_size != hidden, tied_embeddings=tied)
     if missing := [name for name in names if name not in shapes]:
-        raise UsageError(f"the {network} lacks {_shorten(missing)}; give a complete checkpoint")
+        raise UsageError(f"the {network} lacks {shorten(missing)}; give a complete checkpoint")
     shape = Shape(embedding_size, hidden, layers, heads, intermediate)
     config = hf_config(network, shape, vocab_size)
     config["max_position_embeddings"] = shapes[f"{embeddings}/position_embeddings"][0]
@@ -172,7 +165,7 @@ def to_transformers(
             shapes = {name: tuple(s) for name, s in reader.get_variable_to_shape_map().items()}
             for network in NETWORKS:
                 configs[network], mappings[network] = describe(network, shapes, heads.get(network))
-                _refuse_difference(network, configs[network], expected.get(network, {}))
+                refuse_difference(network, configs[network], expected.get(network, {}))
             known = {variable for names in mappings.values() for variable in names}
             _refuse_unknown_variables(shapes.keys() - known)
             for network, names in mappings.items():
@@ -212,11 +205,11 @@ def find_prefix(checkpoint: str, step: int | None = None) -> str:
 
 def _refuse_unknown_variables(variables: Iterable[str]) -> None:
     if unknown := sorted(name for name in variables if not NOT_WEIGHTS.search(name)):
-        message = f"variables that are not ELECTRA's: {_shorten(unknown)}"
+        message = f"variables that are not ELECTRA's: {shorten(unknown)}"
         raise UsageError(f"{message}; give a pre-training checkpoint")
 
 
-def _refuse_difference(network: str, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
+def refuse_difference(network: str, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if config.get(key) != value:
             message = f"the {network}'s {key} is {config.get(key)}, but {value} is expected"
@@ -244,12 +237,12 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
     ELECTRA.
     """
     directories = zip(NETWORKS, (discriminator, generator), strict=True)
-    models = {network: _load(Path(path)) for network, path in directories}
-    tied = _have_same_embeddings(*(tensors for _, tensors in models.values()))
+    models = {network: load(Path(path)) for network, path in directories}
+    tied = have_same_embeddings(*(tensors for _, tensors in models.values()))
     values: dict[str, np.ndarray] = {"global_step": np.array(step, np.int64)}
     for network, (config, tensors) in models.items():
         names = _names_in_upstream(network, config, tied)
-        _refuse_other_parameters(network, tensors, names.values())
+        refuse_other_parameters(network, tensors, names.values())
         for variable, pytorch in names.items():
             array = tensors[pytorch].astype(np.float32)
             values[variable] = array.T if is_transposed(variable) else array
@@ -266,39 +259,7 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
     tf.compat.v1.train.update_checkpoint_state(out, f"model.ckpt-{step}")
 
 
-def collect(models: Mapping[Network, Path], out: Path) -> dict[Network, dict[str, Any]]:
-    """Copy two models of transformers, directories, to `out`/NETWORK, and return their configs.
-
-    UsageError unless they are complete and finite, and share their embeddings: both engines train
-    such models.
-    """
-    configs, loaded = dict[Network, dict[str, Any]](), {}
-    for network, directory in models.items():
-        config, loaded[network] = _load(directory)
-        projection = config["embedding_size"] != config["hidden_size"]
-        names = mapping(network, config["num_hidden_layers"], projection=projection)
-        _refuse_other_parameters(network, loaded[network], names.values())
-        shapes = {
-            variable: loaded[network][pytorch].shape[:: -1 if is_transposed(variable) else 1]
-            for variable, pytorch in names.items()
-        }
-        configs[network], _ = describe(network, shapes, config["num_attention_heads"])
-        fixed = {key: config[key] for key in FIXED if key in config}
-        _refuse_difference(network, configs[network], fixed)
-        if bad := [name for name, value in loaded[network].items() if not np.isfinite(value).all()]:
-            problem = f"{directory}: {_shorten(bad)} has values that are not finite"
-            raise UsageError(f"{problem}; give another model")
-    if not _have_same_embeddings(loaded["discriminator"], loaded["generator"]):
-        problem = f"{models['generator']} has other embeddings than the discriminator"
-        raise UsageError(f"{problem}; give two networks that share them")
-    for network, tensors in loaded.items():
-        (out / network).mkdir()
-        save_file(tensors, out / network / "model.safetensors", {"format": "pt"})
-        write_json(out / network / "config.json", configs[network])
-    return configs
-
-
-def _load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the sizes in a model's config.json, and its weights. UsageError if they are damaged.
 
     The word embeddings again and a constant, which some versions of transformers write, are left
@@ -315,15 +276,15 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return config, tensors
 
 
-def _refuse_other_parameters(
+def refuse_other_parameters(
     network: Network, tensors: Mapping[str, np.ndarray], expected: Iterable[str]
 ) -> None:
     if difference := sorted(set(expected) ^ tensors.keys()):
-        message = f"{_shorten(difference)}: missing in or foreign to a {network}"
+        message = f"{shorten(difference)}: missing in or foreign to a {network}"
         raise UsageError(f"{message}; give a complete pre-trained model")
 
 
-def _have_same_embeddings(
+def have_same_embeddings(
     discriminator: Mapping[str, np.ndarray], generator: Mapping[str, np.ndarray]
 ) -> bool:
     names = [name for name in generator if name.startswith("electra.embeddings.")]
@@ -346,6 +307,6 @@ def _names_in_upstream(network: Network, config: dict[str, int], tied: bool) -> 
     return mapping(network, layers, projection=projection, tied_embeddings=tied)
 
 
-def _shorten(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

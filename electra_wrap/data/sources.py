@@ -1,7 +1,5 @@
 """Sources of text: local files and URLs, which fsspec opens and decompresses."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import lzma
@@ -108,9 +106,11 @@ def _retry(function: Any, name: str, pauses: tuple[int, ...]) -> Any:
     for pause in (*pauses, None):
         try:
             return function()
-        except FileNotFoundError:
-            raise UsageError(f"{name}: no such file; correct corpus.source") from None
         except Exception as error:  # each file system has errors of its own
+            # fsspec raises FileNotFoundError for every failure of HTTP.
+            status = getattr(error.__cause__, "status", None) if error.__cause__ else 404
+            if isinstance(error, FileNotFoundError) and status in (404, 410):
+                raise UsageError(f"{name}: no such file; correct corpus.source") from None
             if pause is None:
                 problem = f"{name} cannot be read ({error!r})"
                 raise EnvironmentProblem(f"{problem}; run again later") from None

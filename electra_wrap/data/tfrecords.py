@@ -1,7 +1,5 @@
 """TFRecord files, without TensorFlow."""
 
-from __future__ import annotations
-
 import io
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The vocabulary (from a hub, a file, or trained) and tokenizer files for transformers."""
 
-from __future__ import annotations
-
 import collections
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,18 +76,17 @@ def read(path: Path) -> list[str]:
 
 
 def _find_problem(tokens: list[str]) -> str | None:
-    lines: dict[str, int] = {}
+    seen: set[str] = set()
     for line, token in enumerate(tokens, 1):
         if token != token.strip() or not token:
             return f"line {line} is {token!r}; remove white space and empty lines"
-        if token in lines:
-            return f"{token!r} is on lines {lines[token]} and {line}; keep one"
-        lines[token] = line
-    for token in SPECIAL_TOKENS:
-        if token not in lines:
-            return f"{token} is missing; add {' '.join(SPECIAL_TOKENS)}"
-    if lines["[PAD]"] != 1:
-        return f"[PAD] is on line {lines['[PAD]']}; move it to line 1: upstream pads with id 0"
+        if token in seen:
+            return f"{token!r} is on line {line} again; keep one"
+        seen.add(token)
+    if missing := [token for token in SPECIAL_TOKENS if token not in seen]:
+        return f"{missing[0]} is missing; add {' '.join(SPECIAL_TOKENS)}"
+    if tokens[0] != "[PAD]":
+        return "[PAD] is not on line 1; move it there: upstream pads with id 0"
     return None
 
 
@@ -102,11 +99,7 @@ def fetch(source: str, target: Path, sha256: str | None) -> None:
     digest = files.sha256(path)
     if sha256 not in (None, digest):
         raise UsageError(f"{source} has sha256 {digest}, the profile says {sha256}; correct one")
-    tokens = read(path)
-    if path.suffix == ".json":
-        _write(target, tokens)
-    else:
-        write_text(target, path.read_bytes().decode("utf-8"))
+    _write(target, read(path))
 
 
 def locate(source: str) -> Path:
@@ -120,9 +113,7 @@ def locate(source: str) -> Path:
             raise UsageError(f"{source} has no vocabulary; correct tokenizer.source")
         return path
     if not Path(source).is_file():
-        raise UsageError(
-            f"tokenizer.source = {source!r}: no such file; give a path, hf://NAME or train"
-        )
+        raise UsageError(f"{source}: no such file; give a vocabulary, hf://NAME or train")
     return Path(source)
 
 
@@ -141,11 +132,9 @@ def train(
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalizer, pre_tokenizer = _text_steps(**normalization)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    words = collections.Counter(
-        word for line in sample(corpus, sample_bytes) for word in line.split()
-    )
-    characters: collections.Counter[str] = collections.Counter()
-    inside: set[str] = set()
+    lines = sample(corpus, sample_bytes)
+    words = collections.Counter(word for line in lines for word in line.split())
+    characters, inside = collections.Counter[str](), set[str]()
     for word, number in words.items():
         for piece, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word)):
             inside.update(piece[1:])
@@ -208,20 +197,16 @@ def measure(
     """
     encode, unk_id = line_encoder(tokens, **normalization), tokens.index("[UNK]")
     words = total = unknown = cut = 0
-    for line in map(str.strip, sample(corpus, MEASURED_BYTES)):
-        if line:
-            ids = encode(line)
-            words += line.count(" ") + 1
-            total += len(ids)
-            unknown += ids.count(unk_id)
-            cut += max(0, len(ids) - (max_seq_length - 2))
+    for line in filter(None, map(str.strip, sample(corpus, MEASURED_BYTES))):
+        ids = encode(line)
+        words += line.count(" ") + 1
+        total += len(ids)
+        unknown += ids.count(unk_id)
+        cut += max(0, len(ids) - (max_seq_length - 2))
     if not total:
         return {}
-    return {
-        "tokens_per_word": total / words,
-        "unknown_share": unknown / total,
-        "cut_share": cut / total,
-    }
+    shares = {"unknown_share": unknown / total, "cut_share": cut / total}
+    return {"tokens_per_word": total / words, **shares}
 
 
 def write_tokenizer(

@@ -3,8 +3,6 @@
 Children import PyTorch; this module does not.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil
@@ -16,13 +14,11 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from electra_wrap import files, subprocesses
+from electra_wrap.architecture import NETWORKS
 from electra_wrap.errors import UsageError
 from electra_wrap.events import OnEvent
 from electra_wrap.native import examples
-from electra_wrap.profile import NETWORKS
 from electra_wrap.run import Run
-
-CREDIT = "electra_wrap's native engine, equal to google-research/electra's objective and optimizer"
 
 #: Devices of the drivers of GPUs: NVIDIA's, Windows's in its Linux, AMD's.
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -47,17 +43,10 @@ def precision(requested: str, devices: Sequence[str]) -> str:
 
     "auto" is bfloat16 on a GPU and on a CPU with instructions for it, float32 on any other CPU.
     """
-    if requested == "auto":
-        return "bfloat16" if devices or _cpu_multiplies_bfloat16() else "float32"
-    return requested
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text("utf-8").split()
-    except OSError:  # not Linux
-        return False
-    return not BFLOAT16_FLAGS.isdisjoint(flags)
+    if requested != "auto":
+        return requested
+    flags = Path("/proc/cpuinfo").read_text("utf-8").split()
+    return "bfloat16" if devices or not BFLOAT16_FLAGS.isdisjoint(flags) else "float32"
 
 
 def find_compiler_problem() -> str | None:
@@ -79,8 +68,8 @@ def _parse_launch(launch: str) -> list[str]:
     """Split a --launch command and find its program, on PATH or beside the running Python."""
     try:
         words = shlex.split(launch)
-    except ValueError as error:
-        raise UsageError(f"--launch {launch!r}: {error}; quote it as in a shell") from None
+    except ValueError:  # an open quote
+        words = []
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     program = shutil.which(words[0], path=path) if words else None
     if program is None:

@@ -3,8 +3,6 @@
 `run` and `evaluate` start it; `train` evaluates in its own processes.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -6,13 +6,12 @@ holds two 64-bit integers for each example: where it ends, and the length of its
 `store.json` holds the type of the ids and the number of examples.
 """
 
-from __future__ import annotations
-
+import array
 import dataclasses
+import functools
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -151,53 +150,41 @@ def build_store(profile: Profile, vocabulary: Path, text: Path, out: Path, log: 
     Returns their number; without text, `out` stays empty. Each shard is a task of its own, for as
     many processes as there are processors.
     """
-    shards = [path for path in sorted(text.iterdir()) if path.stat().st_size]
-    if not shards:
+    sizes = {path: size for path in sorted(text.iterdir()) if (size := path.stat().st_size)}
+    if not sizes:
         return 0
-    workers = min(len(shards), len(os.sched_getaffinity(0)))
-    size = sum(path.stat().st_size for path in shards)
     dtype = "<u2" if len(vocab.read(vocabulary)) <= 2**16 else "<u4"
+    build_part = functools.partial(_build_part, profile, vocabulary, dtype)
     number = end = done = 0
     with (
-        ProgressBar(f"examples of {text.name}", size, "B") as bar,
-        subprocesses.pool(workers, log=log) as pool,
+        ProgressBar(f"examples of {text.name}", sum(sizes.values()), "B") as bar,
+        subprocesses.pool(min(len(sizes), len(os.sched_getaffinity(0))), log=log) as pool,
         (out / "tokens.bin").open("wb") as tokens,
         (out / "index.bin").open("wb") as index,
     ):
-        parts = [
-            pool.submit(_build_part, profile, vocabulary, shard, number, out, dtype)
-            for number, shard in enumerate(shards)
-        ]
-        for shard, part in zip(shards, parts, strict=True):
-            ids_file, part_index = part.result()
-            with ids_file.open("rb") as ids:
-                shutil.copyfileobj(ids, tokens, 2**20)
-            ids_file.unlink()
+        parts = pool.map(build_part, sizes, range(len(sizes)))
+        for size, (part_tokens, part_index) in zip(sizes.values(), parts, strict=True):
+            tokens.write(part_tokens.data)
             index.write((part_index + np.array([end, 0])).data)
-            number += len(part_index)
-            end += int(part_index[-1, 0]) if len(part_index) else 0
-            done += shard.stat().st_size
+            number, end, done = number + len(part_index), end + len(part_tokens), done + size
             bar.show(done)
     write_json(out / "store.json", {"dtype": dtype, "examples": number})
     return number
 
 
-#: The function that encodes lines, for all shards of a process: they share its cache of words.
-_encode: Callable[[str], list[int]] | None = None
-
-
 def _build_part(
-    profile: Profile, vocabulary: Path, shard: Path, number: int, out: Path, dtype: str
-) -> tuple[Path, np.ndarray]:
-    """Write the ids of a shard's examples; return that file and the index, [examples, 2]."""
-    global _encode  # noqa: PLW0603
-    tokens = vocab.read(vocabulary)
-    _encode = _encode or vocab.line_encoder(tokens, **profile.tokenizer.normalization)
-    path, lengths = out / f"{shard.name}.ids", []
-    with path.open("wb") as file:
-        for example in build(profile, tokens, _encode, shard, number):
-            file.write(np.array(example.ids, dtype).data)
-            lengths.append((len(example.ids), example.first_length))
-    index = np.array(lengths, "<i8").reshape(-1, 2)
-    index[:, 0] = index[:, 0].cumsum()
-    return path, index
+    profile: Profile, vocabulary: Path, dtype: str, shard: Path, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and the index of a shard's examples, as a store has them."""
+    encode = _line_encoder(vocabulary, **profile.tokenizer.normalization)
+    tokens, index = array.array("I"), list[int]()
+    for example in build(profile, vocab.read(vocabulary), encode, shard, number):
+        tokens.extend(example.ids)
+        index += [len(tokens), example.first_length]
+    return np.array(tokens, dtype), np.array(index, "<i8").reshape(-1, 2)
+
+
+@functools.cache
+def _line_encoder(vocabulary: Path, **normalization: bool) -> Callable[[str], list[int]]:
+    """Return the encoder of lines, which shares its cache of words among a process's shards."""
+    return vocab.line_encoder(vocab.read(vocabulary), **normalization)

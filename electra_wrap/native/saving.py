@@ -5,8 +5,6 @@ optimizer.safetensors, Adam's two slots of each; random-N.safetensors, the state
 number generators of process N. Its checksums are in step-N.sha256 (checkpoints.py).
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import shutil
@@ -19,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from electra_wrap import checkpoints, files
+from electra_wrap.architecture import NETWORKS
 from electra_wrap.native import model, setup
 from electra_wrap.native.engine import checkpoint_path
-from electra_wrap.profile import NETWORKS, Train
+from electra_wrap.profile import Train
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 
@@ -104,10 +103,9 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         save_file(self._random_states(), self._random_file(temporary))
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            state = {
-                "model": {name: _copy(tensor) for name, tensor in self._weights().items()},
-                "optimizer": {name: _copy(tensor) for name, tensor in self._slots().items()},
-            }
+            state = {"model": self._weights(), "optimizer": self._slots()}
+            for tensors in state.values():
+                tensors.update({name: t.to("cpu", copy=True) for name, t in tensors.items()})
             self._written = self._thread.submit(self._write, temporary, step, settings, state)
 
     def _write(
@@ -128,7 +126,3 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         if self._written:
             self._written.result()
         self._accelerator.wait_for_everyone()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

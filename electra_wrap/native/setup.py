@@ -1,7 +1,5 @@
 """What training and evaluation start from: devices, networks, weights and batches."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import logging
@@ -17,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from electra_wrap import subprocesses
+from electra_wrap.architecture import NETWORKS
 from electra_wrap.errors import EnvironmentProblem, UsageError
 from electra_wrap.native import engine, model
-from electra_wrap.profile import NETWORKS, Profile, Train
+from electra_wrap.profile import Profile, Train
 
 #: How long processes wait for each other. The first one writes checkpoints, which takes minutes for
 #: a large model on a slow network file system.

@@ -4,8 +4,6 @@ On one machine, `run` starts it, with a process for each GPU. On several machine
 -m electra_wrap.native.train RUN_DIR` on each, in a run directory that all of them see.
 """
 
-from __future__ import annotations
-
 import math
 import resource
 import signal
@@ -22,7 +20,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
@@ -115,7 +112,6 @@ def _report_setup(accelerator: Accelerator, settings: Train) -> None:
             "precision": engine.precision(settings.precision, [name] if gpu else []),
             "threads": str(torch.get_num_threads()),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
         }
         events.emit(events.Setup(values))
 
@@ -153,7 +149,7 @@ def _batches(
         batches,
         batch_size=None,
         sampler=range(start * settings.micro_batches, settings.steps * settings.micro_batches),
-        collate_fn=_identity,
+        collate_fn=lambda batch: batch,  # a tensor costs a file descriptor on its way here
         # The loader draws from its generator. The global one must stay as dropout left it.
         generator=torch.Generator(),
         num_workers=WORKERS if gpu else 0,
@@ -161,11 +157,6 @@ def _batches(
         worker_init_fn=_ignore_signals,
     )
     return iter(loader)
-
-
-def _identity(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keep arrays: a tensor costs a file descriptor on its way from a worker."""
-    return batch
 
 
 def _ignore_signals(worker: int) -> None:

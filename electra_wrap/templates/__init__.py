@@ -1,7 +1,5 @@
 """The templates of this directory: the model card and the report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,26 +1,19 @@
 """The engine that runs google-research/electra's own scripts as child processes."""
 
-from __future__ import annotations
-
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from electra_wrap import checkpoints, events, files, paths, subprocesses
+from electra_wrap.architecture import NETWORKS
 from electra_wrap.data import tfrecords
 from electra_wrap.errors import UsageError
 from electra_wrap.events import OnEvent
-from electra_wrap.profile import NETWORKS
 from electra_wrap.progress import ProgressBar, warn
 from electra_wrap.run import Run
 from electra_wrap.upstream import checkout, environment
 from electra_wrap.upstream.hparams import hparams
-
-CREDIT = (
-    "[google-research/electra](https://github.com/google-research/electra), driven by electra_wrap"
-)
 
 #: Text per record file. Upstream's 1000 files are for gigabytes of text; training mixes the files.
 BYTES_PER_RECORD_FILE = 2**20
@@ -74,21 +67,7 @@ def build_examples(run: Run, text: Path, out: Path) -> int:
 
         log = run.log_file("examples")
         _run_script(run, "build_pretraining_dataset.py", arguments, {}, log, show)
-    if number < len(sizes):
-        _join(out, number, len(sizes), shards)
     return sum(map(tfrecords.count, out.iterdir()))
-
-
-def _join(directory: Path, number: int, parts: int, shards: int) -> None:
-    """Join the record files of a small text, of which each shard with text has one."""
-    for n in range(number):
-        target = directory / f"pretrain_data.tfrecord-{n}-of-{number}"
-        with target.open("wb") as joined:
-            for shard in range(n, parts, number):
-                path = directory / f"pretrain_data.tfrecord-{shard}-of-{shards}"
-                with path.open("rb") as records:
-                    shutil.copyfileobj(records, joined, 2**20)
-                path.unlink()
 
 
 def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:

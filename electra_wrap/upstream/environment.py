@@ -5,8 +5,6 @@ vendor/tensorflow.lock names each package with its version and digests, which pi
 the environment was not made, the scripts run with the TensorFlow beside electra_wrap.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -29,13 +27,10 @@ def _directory() -> Path:
     return paths.vendor_directory() / f"tensorflow-{files.sha256(LOCK_FILE)[:12]}"
 
 
-def _python() -> Path:
-    return _directory() / "bin" / "python"
-
-
 def python() -> str:
     """Return the interpreter for the scripts: the environment's if there is one, else ours."""
-    return str(_python()) if _python().exists() else sys.executable
+    found = _directory() / "bin" / "python"
+    return str(found) if found.exists() else sys.executable
 
 
 def list_gpus() -> list[str]:
@@ -72,20 +67,18 @@ def ensure() -> Path:
     EnvironmentProblem if pip fails, which says why; then there is no environment.
     """
     directory = _directory()
-    if not _python().exists():
+    if python() == sys.executable:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        log(
-            f"installs TensorFlow with CUDA in {directory}: downloads {DOWNLOADED} GB, needs "
-            f"{DOWNLOADED + INSTALLED:.0f} GB of disk"
-        )
         with files.lock(directory.parent / ".lock", wait=True):
-            if not _python().exists():
+            if python() == sys.executable:
                 _install(directory)
     return directory
 
 
 def _install(directory: Path) -> None:
     """Install in a temporary directory, then rename it: `bin/python` finds its packages there."""
+    needed = f"downloads {DOWNLOADED} GB, needs {DOWNLOADED + INSTALLED:.0f} GB of disk"
+    log(f"installs TensorFlow with CUDA in {directory}: {needed}")
     for abandoned in directory.parent.glob(".install-*"):  # by a process that was killed
         shutil.rmtree(abandoned)
     files.remove(directory)  # its interpreter is gone

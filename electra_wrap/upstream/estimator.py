@@ -9,8 +9,6 @@ seed, precision, the step to stop at, the checkpoint to evaluate. Logged steps a
 reported as events.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -5,8 +5,6 @@ of import and most of an example's time. This module has the few names that the 
 modules it imports use, and a cache of tokenized words. The records are the same, byte for byte.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import multiprocessing
@@ -142,8 +140,8 @@ def build(
     workers = min(len(shards), len(os.sched_getaffinity(0)))
     initializer = subprocesses.die_with_parent
     with (
-        subprocesses.report_errors(),
         ProcessPoolExecutor(workers, context, initializer=initializer) as pool,
+        subprocesses.report_errors(),
     ):
         sizes = {n: size for n, path in enumerate(shards) if (size := path.stat().st_size)}
         jobs = {pool.submit(write_examples, n, args): size for n, size in sizes.items()}
