@@ -1,46 +1,30 @@
 """Compare the loss curves of both engines from scratch with the difference between seeds.
 
-    python tests/measure_engines.py CORPUS [--profile NAME] [--steps N] [--set KEY=VALUE …]
+    python benchmarks/measure_engines.py CORPUS [--profile NAME] [--steps N] [--set KEY=VALUE …]
 
 Trains the profile on CORPUS with each engine and each seed in turn. Prints mean losses of windows
 of steps, the largest difference between seeds of one engine and between the engines' means, and
 the median seconds of a step. Upstream's records are first shuffled into one file, so that both
 engines see the same kind of batches: its reader opens a file again before it has read the others,
-and shuffles a hundred neighbors. --keep-record-files leaves them as they are.
+and shuffles a hundred neighbors.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from electra_wrap import events, profiles
-from electra_wrap.engines import engine_of
-from electra_wrap.pipeline.execute import execute
+from electra_wrap.engines import ENGINES, engine_of
+from electra_wrap.pipeline import execute
 from electra_wrap.run import Run
 
-ENGINES = ("upstream", "native")
 WINDOWS = 8
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("--profile", default="spanish-tiny")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--keep-record-files", action="store_true")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    return parser.parse_args()
 
 
 def shuffle_records(directory: Path, seed: int) -> None:
@@ -48,17 +32,15 @@ def shuffle_records(directory: Path, seed: int) -> None:
 
     A record has 12 bytes before its content and 4 after it.
     """
-    files = sorted(directory.iterdir())
-    records = []
+    files, records = sorted(directory.iterdir()), []
     for path in files:
         content = path.read_bytes()
         while content:
             end = 16 + int.from_bytes(content[:8], "little")
             records.append(content[:end])
             content = content[end:]
-    order = np.random.default_rng(seed).permutation(len(records))
-    for path in files[1:]:
         path.unlink()
+    order = np.random.default_rng(seed).permutation(len(records))
     files[0].write_bytes(b"".join(records[number] for number in order))
 
 
@@ -66,37 +48,32 @@ def train(
     arguments: argparse.Namespace, engine: str, seed: int, directory: Path
 ) -> tuple[np.ndarray, float]:
     """Return the mean losses of the windows and the median seconds of a step."""
-    overrides = [
-        f"corpus.source={json.dumps(str(arguments.corpus.resolve()))}",
-        f"train.steps={arguments.steps}",
-        "train.log_every=1",
-        f"train.warmup_steps={arguments.steps // 10}",
-        f"train.save_every={arguments.steps}",
-        "train.device=cpu",
-        f"train.seed={seed}",
-        f"engine={engine}",
-        *arguments.set,
-    ]
+    steps, source = arguments.steps, json.dumps(str(arguments.corpus.resolve()))
+    settings = f"""corpus.source={source} engine={engine} train.seed={seed} train.device=cpu
+        train.steps={steps} train.warmup_steps={steps // 10} train.save_every={steps}
+        train.log_every=1"""
+    overrides = [*settings.split(), *arguments.set]
     run = Run(profiles.load(arguments.profile, overrides), directory)
     execute(run, until="examples")
-    engine_of(run).prepare(run)
-    if engine == "upstream" and not arguments.keep_record_files:
-        shuffle_records(run.directory / engine_of(run).EXAMPLES[0], seed)
-    losses: list[float] = []
-    times: list[float] = []
-
-    def on_event(event: events.Event) -> None:
-        if isinstance(event, events.Step):
-            losses.append(event.scalars["loss/total"])
-            times.append(time.perf_counter())
-
-    engine_of(run).train(run, [], on_event)
-    windows = np.array_split(np.array(losses), WINDOWS)
-    return np.array([window.mean() for window in windows]), statistics.median(np.diff(times[10:]))
+    run.make_model_dir()
+    if engine == "upstream":
+        shuffle_records(run.examples[0], seed)
+    reported: list[Any] = []
+    engine_of(run).train(run, [], reported.append)
+    reported = [event for event in reported if isinstance(event, events.Step)]
+    windows = np.array_split([event.scalars["loss/total"] for event in reported], WINDOWS)
+    times = np.diff([event.clock for event in reported[10:]])
+    return np.array([window.mean() for window in windows]), statistics.median(times)
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--profile", default="spanish-tiny")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
     curves: dict[str, list[np.ndarray]] = {engine: [] for engine in ENGINES}
     seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     with tempfile.TemporaryDirectory() as directory:

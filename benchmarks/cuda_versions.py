@@ -1,14 +1,12 @@
 """Print which CUDA a framework's cuDNN and NCCL were built for. No GPU is needed.
 
-    PYTHON tests/cuda_versions.py tensorflow|torch
+    PYTHON benchmarks/cuda_versions.py tensorflow|torch
 
 The libraries are the ones that the framework of the interpreter PYTHON would load: those that come
 first where the dynamic linker searches on its behalf. The exit code is 1 if they are not for the
 CUDA of the framework's wheels, 12 for TensorFlow 2.21 and 13 for PyTorch. tensorflow and torch
 overwrite each other's libraries when one environment has both with CUDA.
 """
-
-from __future__ import annotations
 
 import ctypes
 import importlib.util
