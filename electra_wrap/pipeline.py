@@ -96,7 +96,9 @@ def _find_reason_to_train(run: Run, record: Record | None) -> str | None:
     if step > steps:
         where = f"{run.model_dir} is at step {step:,}"
         raise UsageError(f"{where}, train.steps = {steps}; set train.steps={step} or more")
-    return f"at step {step:,} of {steps:,}" if step < steps else None
+    if step < steps:
+        return f"at step {step:,} of {steps:,}"
+    return None if record.done else "interrupted"
 
 
 def _describe_change(before: Values, now: Values) -> str | None:

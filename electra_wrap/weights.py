@@ -118,10 +118,9 @@ def describe(
     scope = SCOPES[network]
     tied = f"{scope}/embeddings/word_embeddings" not in shapes
     embeddings = f"{'electra' if tied else scope}/embeddings"
-    feed_forward = f"{scope}/encoder/layer_0/intermediate/dense/kernel"
     try:
         vocab_size, embedding_size = shapes[f"{embeddings}/word_embeddings"]
-        hidden, intermediate = shapes[feed_forward]
+        hidden, intermediate = shapes[f"{scope}/encoder/layer_0/intermediate/dense/kernel"]
     except KeyError as error:
         message = f"the checkpoint has no {network} ({error.args[0]} is missing)"
         raise UsageError(f"{message}; give a pre-training checkpoint") from None
@@ -129,8 +128,7 @@ def describe(
     layers = len({match[1] for match in map(layer_name.match, shapes) if match})
     heads = heads or max(1, hidden // 64)
     if hidden % heads:
-        message = f"the {network}'s hidden size {hidden} is not divisible by {heads} heads"
-        raise UsageError(f"{message}; give a divisor")
+        raise UsageError(f"{heads} heads do not divide the {network}'s {hidden}; give a divisor")
     names = mapping(network, layers, projection=embedding_size != hidden, tied_embeddings=tied)
     if missing := [name for name in names if name not in shapes]:
         raise UsageError(f"the {network} lacks {shorten(missing)}; give a complete checkpoint")
@@ -167,7 +165,9 @@ def to_transformers(
                 configs[network], mappings[network] = describe(network, shapes, heads.get(network))
                 refuse_difference(network, configs[network], expected.get(network, {}))
             known = {variable for names in mappings.values() for variable in names}
-            _refuse_unknown_variables(shapes.keys() - known)
+            if unknown := [n for n in shapes if n not in known and not NOT_WEIGHTS.search(n)]:
+                message = f"variables that are not ELECTRA's: {shorten(sorted(unknown))}"
+                raise UsageError(f"{message}; give a pre-training checkpoint")
             for network, names in mappings.items():
                 directory = Path(out, network)
                 directory.mkdir(parents=True)
@@ -197,24 +197,18 @@ def find_prefix(checkpoint: str, step: int | None = None) -> str:
             by_step[int(number[1]) if number else 0] = index.with_suffix("")
         prefix = by_step.get(max(by_step, default=0) if step is None else step)
     if prefix is None or not Path(f"{prefix}.index").is_file():
-        of_step = "" if step is None else f" of step {step}"
-        fix = "give a directory, or a prefix like model.ckpt-1000"
-        raise UsageError(f"{checkpoint}: there is no checkpoint{of_step}; {fix}")
+        problem = (
+            f"{checkpoint}: there is no checkpoint{'' if step is None else f' of step {step}'}"
+        )
+        raise UsageError(f"{problem}; give a directory, or a prefix like model.ckpt-1000")
     return str(prefix)
-
-
-def _refuse_unknown_variables(variables: Iterable[str]) -> None:
-    if unknown := sorted(name for name in variables if not NOT_WEIGHTS.search(name)):
-        message = f"variables that are not ELECTRA's: {shorten(unknown)}"
-        raise UsageError(f"{message}; give a pre-training checkpoint")
 
 
 def refuse_difference(network: str, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if config.get(key) != value:
             message = f"the {network}'s {key} is {config.get(key)}, but {value} is expected"
-            fix = "give the profile and vocabulary that it was trained with"
-            raise UsageError(f"{message}; {fix}")
+            raise UsageError(f"{message}; give the profile and vocabulary of its training")
 
 
 def _write(path: Path, reader: Any, names: Mapping[str, str]) -> None:
@@ -223,8 +217,8 @@ def _write(path: Path, reader: Any, names: Mapping[str, str]) -> None:
     for variable, pytorch in names.items():
         value = np.asarray(reader.get_tensor(variable), dtype=np.float32)
         if not np.isfinite(value).all():
-            message = f"{variable} has values that are not finite"
-            raise UsageError(f"{message}; choose an earlier checkpoint")
+            problem = f"{variable} has values that are not finite"
+            raise UsageError(f"{problem}; choose an earlier checkpoint")
         tensors[pytorch] = np.ascontiguousarray(value.T if is_transposed(variable) else value)
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -236,9 +230,9 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
     are zero, as at the start of a training. UsageError if the two are not the networks of one
     ELECTRA.
     """
-    directories = zip(NETWORKS, (discriminator, generator), strict=True)
-    models = {network: load(Path(path)) for network, path in directories}
-    tied = have_same_embeddings(*(tensors for _, tensors in models.values()))
+    paths: dict[Network, str] = {"discriminator": discriminator, "generator": generator}
+    models = {network: load(Path(path)) for network, path in paths.items()}
+    tied = have_same_embeddings(models["discriminator"][1], models["generator"][1])
     values: dict[str, np.ndarray] = {"global_step": np.array(step, np.int64)}
     for network, (config, tensors) in models.items():
         names = _names_in_upstream(network, config, tied)
@@ -262,15 +256,16 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
 def load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the sizes in a model's config.json, and its weights. UsageError if they are damaged.
 
-    The word embeddings again and a constant, which some versions of transformers write, are left
-    out.
+    Two tensors that some versions of transformers write are left out: the word embeddings again,
+    and a constant.
     """
     config = read_hf_config(directory)
     try:
         tensors = load_file(directory / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        message = f"{directory}: no model of transformers ({error})"
-        raise UsageError(f"{message}; give its directory") from None
+        raise UsageError(
+            f"{directory} has no model of transformers ({error}); correct it"
+        ) from None
     for name in ("generator_lm_head.weight", "electra.embeddings.position_ids"):
         tensors.pop(name, None)
     return config, tensors
@@ -280,8 +275,8 @@ def refuse_other_parameters(
     network: Network, tensors: Mapping[str, np.ndarray], expected: Iterable[str]
 ) -> None:
     if difference := sorted(set(expected) ^ tensors.keys()):
-        message = f"{shorten(difference)}: missing in or foreign to a {network}"
-        raise UsageError(f"{message}; give a complete pre-trained model")
+        problem = f"{shorten(difference)}: missing in or foreign to a {network}"
+        raise UsageError(f"{problem}; give a complete pre-trained model")
 
 
 def have_same_embeddings(

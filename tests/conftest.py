@@ -1,13 +1,12 @@
 """Fixtures. Neither fixtures nor tests import tensorflow or torch, which abort in one process."""
 
-from __future__ import annotations
-
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import pytest
 
 from electra_wrap import paths, profiles, subprocesses
 from electra_wrap.errors import EnvironmentProblem
-from electra_wrap.profile import Profile
+from electra_wrap.pipeline import execute
+from electra_wrap.profile import Profile, toml
 from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
 
@@ -62,217 +62,175 @@ def upstream() -> Path:
 PROFILES = [name for name, _ in profiles.shipped() if name != "spanish-base"]
 
 
+def python(
+    *arguments: str | Path, env: Mapping[str, str] = {}, stdin: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python where electra_wrap can be imported. `env` is added to the environment."""
+    argv = [sys.executable, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent), **env}
+    return subprocess.run(
+        argv, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m electra_wrap` as a user does, in an empty directory."""
-
-    def call(
-        *arguments: str, env: dict[str, str] | None = None, stdin: str = ""
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "electra_wrap", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent), **(env or {})},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return call
+    return functools.partial(python, "-m", "electra_wrap", cwd=tmp_path)
 
 
 def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str) -> str:
     """Run a script of tests/children, which may import tensorflow or torch; return its stdout."""
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "children" / script), *map(str, arguments)],
-        env=subprocesses.child_environment(variables),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = subprocesses.child_environment(variables)
+    done = python(TESTS / "children" / script, *arguments, env=env, stdin=stdin)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def tiny(corpus: Path, *overrides: str, steps: int = 4) -> Profile:
     """Return `spanish-tiny` on `corpus`, with a smaller model."""
-    return profiles.load(
-        "spanish-tiny",
-        [
-            f"corpus.source={json.dumps(str(corpus))}",
-            *(
-                []
-                if any(o.startswith("tokenizer.source") for o in overrides)
-                else ["tokenizer.vocab_size=300"]
-            ),
-            "model.hidden_size=64",
-            "model.max_seq_length=32",
-            f"train.steps={steps}",
-            "train.warmup_steps=1",
-            "train.batch_size=4",
-            "train.log_every=1",
-            "train.device=cpu",
-            'engine="upstream"',
-            "corpus.held_out=0.2",
-            *overrides,
-        ],
-    )
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A corpus of 40 documents with ten lines each."""
-    path = tmp_path / "text.txt"
-    path.write_text(
-        "".join("".join(f"{i}. {s}\n" for s in SPANISH) + "\n" for i in range(40)), encoding="utf-8"
-    )
-    return path
+    settings = """model.hidden_size=64 model.max_seq_length=32 corpus.held_out=0.2 engine=upstream
+        train.warmup_steps=1 train.log_every=1 train.batch_size=4 train.device=cpu"""
+    values = [f"corpus.source={json.dumps(str(corpus))}", f"train.steps={steps}", *settings.split()]
+    if not any(override.startswith("tokenizer.source") for override in overrides):
+        values.append("tokenizer.vocab_size=300")
+    return profiles.load("spanish-tiny", [*values, *overrides])
 
 
 @pytest.fixture(scope="session")
 def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of 60 different documents."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    documents = (
-        "".join(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH)) + "\n"
-        for i in range(60)
-    )
-    path.write_text("".join(documents), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(60):
+            file.writelines(f"{s[i % 7 :]} {s[: i % 11]} {i * j}\n" for j, s in enumerate(SPANISH))
+            file.write("\n")
     return path
 
 
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory: pytest.TempPathFactory, corpus_text: Path) -> Run:
+    """A complete run of the native engine, evaluated three times. Tests change copies only."""
+    keys = ("engine=native", "model_name=m", "train.evaluate_every=2", "train.keep=2")
+    keys += ('description="Un modelo: «pequeño»"', "language=es-MX")
+    run = Run(tiny(corpus_text, *keys, steps=6), tmp_path_factory.mktemp("learned") / "run")
+    execute(run)
+    return run
+
+
+#: The arguments of the scripts: --some-name=value becomes a.some_name.
+FAKE_MODEL = """
+import sys, types
+options = [option.partition("=") for option in sys.argv[1:]]
+a = types.SimpleNamespace(**{name[2:].replace("-", "_"): value for name, _, value in options})
+"""
+
 FAKE_BUILD = """
-import argparse, os, struct
+import struct
+from pathlib import Path
 from electra_wrap.upstream import records
-p = argparse.ArgumentParser()
-for name in ("corpus-dir", "vocab-file", "output-dir", "max-seq-length", "num-processes",
-             "num-out-files", "seed", "blanks-separate-docs"):
-    p.add_argument("--" + name, required=True)
-for name in ("do-lower-case", "no-lower-case", "do-strip-accents", "no-strip-accents"):
-    p.add_argument("--" + name, action="store_true")
+from model import a
 
 def write_examples(job, a):
-    name = sorted(os.listdir(a.corpus_dir))[job]
-    with open(os.path.join(a.corpus_dir, name), encoding="utf-8") as f:
-        text = f.read()
-    print("job %d begins" % job, flush=True)
-    if "CRASH" in text and not os.path.exists(os.path.join(os.path.dirname(a.corpus_dir), "fixed")):
-        raise SystemExit("job %d failed" % job)
-    os.makedirs(a.output_dir, exist_ok=True)
-    out = os.path.join(a.output_dir, "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files))
-    with open(out, "wb") as f:
+    text = sorted(Path(a.corpus_dir).iterdir())[job].read_text("utf-8")
+    if "CRASH" in text: raise SystemExit("job %d failed" % job)
+    records.tf.io.gfile.makedirs(a.output_dir)
+    name = "pretrain_data.tfrecord-%d-of-%s" % (job, a.num_out_files)
+    with Path(a.output_dir, name).open("wb") as f:
         for line in text.splitlines():
             record = "/".join((a.seed, a.max_seq_length, line)).encode()
             f.write(struct.pack("<Q", len(record)) + b"crc_" + record + b"crc_")
 
-records.build(write_examples, p.parse_args())
+records.build(write_examples, a)
 """
 
 FAKE_TRAIN = """
-import argparse, json, os, re, time
+import json, os, re, sys, time
 from pathlib import Path
 from electra_wrap import checkpoints
 from electra_wrap.events import Evaluation, Setup, Step, emit
-p = argparse.ArgumentParser()
-for name in ("data-dir", "model-name", "hparams"):
-    p.add_argument("--" + name, required=True)
-a = p.parse_args()
+from model import a
 h = json.load(open(a.hparams))
-d = os.path.abspath(os.path.join(a.data_dir, "models", a.model_name))
-os.makedirs(d, exist_ok=True)
-state = os.path.join(d, "checkpoint")
-start = int(re.search(r"ckpt-(\\d+)", open(state).read())[1]) if os.path.exists(state) else 0
+d = Path(a.data_dir, "models", a.model_name).absolute()
+d.mkdir(exist_ok=True)
+state = d / "checkpoint"
+start = int(re.search(r"ckpt-(\\d+)", state.read_text())[1]) if state.exists() else 0
 print(os.environ["ELECTRA_WRAP_RUNTIME"], os.environ.get("CUDA_VISIBLE_DEVICES"))
-emit(Setup({"device": "1 × CPU", "threads": os.environ.get("THREADS", "2")}))
-if h["learning_rate"] == 0.666:
-    print("loss was NaN"); raise SystemExit(1)
+if h["learning_rate"] == 0.666: sys.exit("loss was NaN")
 runtime = json.loads(os.environ["ELECTRA_WRAP_RUNTIME"])
 if h["do_eval"]:
     step = int(open(runtime["checkpoint"] + ".index").read())
-    scalars = {"discriminator/auc": 0.5, "loss/total": 100 + abs(step - 4)}  # step 4 is the best
+    scalars = {"discriminator/auc": 0.5, "loss/total": 100 + step}
     emit(Evaluation(step, h["num_eval_steps"] * h["eval_batch_size"], scalars))
-    raise SystemExit
+    sys.exit()
+emit(Setup({"device": "1 × CPU", "threads": os.environ.get("THREADS", "2")}))
 for step in range(start + 1, runtime["stop"] + 1):
-    loss = 50 if h["learning_rate"] == 0.777 else 50 / step
-    emit(Step(step, time.monotonic(), {"loss/total": loss}))
-files = [Path(d, "model.ckpt-%d%s" % (step, s)) for s in (".index", ".data-00000-of-00001")]
-for file in files:
-    file.write_text(str(step))
-checkpoints.finish(Path(d), step, files)
-open(state, "w").write('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
+    emit(Step(step, time.monotonic(), {"loss/total": 50 / step}))
+files = [d / ("model.ckpt-%d%s" % (step, s)) for s in (".index", ".data-00000-of-00001")]
+for file in files: file.write_text(str(step))
+checkpoints.finish(d, step, files)
+state.write_text('model_checkpoint_path: "model.ckpt-%d"\\n' % step)
 """
 
-FAKE_PATCH = """What: a test's patch.
-
-diff --git a/run_pretraining.py b/run_pretraining.py
---- a/run_pretraining.py
+FAKE_PATCH = """--- a/run_pretraining.py
 +++ b/run_pretraining.py
 @@ -0,0 +1 @@
 +# patched
 """
 
 
-@pytest.fixture
-def git_repository(tmp_path: Path) -> Path:
-    """A git repository with two scripts that have upstream's arguments and need no TensorFlow."""
-    path = tmp_path / "upstream"
-    path.mkdir()
-    (path / "build_pretraining_dataset.py").write_text(
-        textwrap.dedent(FAKE_BUILD), encoding="utf-8"
-    )
-    (path / "run_pretraining.py").write_text(textwrap.dedent(FAKE_TRAIN), encoding="utf-8")
-    (path / "model").mkdir()
-    (path / "model" / "__init__.py").write_text("", encoding="utf-8")
-    (path / "run.sh").write_text("#!/bin/sh\n", encoding="utf-8")
-    (path / "run.sh").chmod(0o755)
-    for command in (
-        ["init", "--quiet", "--initial-branch=master"],
-        ["add", "--all"],
-        [
-            "-c",
-            "user.name=t",
-            "-c",
-            "user.email=t@example.org",
-            "commit",
-            "--quiet",
-            "-m",
-            "scripts",
-        ],
-    ):
-        subprocess.run(["git", *command], cwd=path, check=True)
-    return path
-
-
 def git(path: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=path, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.check_output(["git", *arguments], cwd=path, text=True).strip()
 
 
-@pytest.fixture
-def fake_upstream(git_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pin `git_repository` with one patch, and keep its checkout under tmp_path."""
-    patches, vendor = tmp_path / "patches", tmp_path / "vendor"
-    patches.mkdir()
-    vendor.mkdir()
+def pin_fake(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make and pin a git repository, whose scripts need no TensorFlow, and a patch for it."""
+    repository, patches, vendor = (directory / name for name in ("upstream", "patches", "vendor"))
+    for path in (repository / "model", patches, vendor):
+        path.mkdir(parents=True)
+    scripts = {"build_pretraining_dataset.py": FAKE_BUILD, "run_pretraining.py": FAKE_TRAIN}
+    for name, content in (scripts | {"model/__init__.py": FAKE_MODEL, "run.sh": ""}).items():
+        (repository / name).write_text(content, encoding="utf-8")
+    (repository / "run.sh").chmod(0o755)
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    git(repository, "init", "--quiet", "--initial-branch=master")
+    git(repository, "add", "--all")
+    git(repository, *identity, "commit", "--quiet", "-m", "scripts")
     (patches / "0001-test.patch").write_text(FAKE_PATCH, encoding="utf-8")
-    copy = tmp_path / "copy"
-    git(tmp_path, "clone", "--quiet", str(git_repository), str(copy))
-    (copy / "run_pretraining.py").write_text("# patched\n" + FAKE_TRAIN, encoding="utf-8")
-    git(copy, "add", "--all")
-    lock = vendor / "electra.lock"
-    lock.write_text(
-        f'url = "{git_repository}"\ncommit = "{git(git_repository, "rev-parse", "HEAD")}"\n'
-        f'tree = "{git(git_repository, "rev-parse", "HEAD^{tree}")}"\n'
-        f'patched_tree = "{git(copy, "write-tree")}"\nlicense = "none"\n',
-        encoding="utf-8",
-    )
-    monkeypatch.setattr(paths, "LOCK_FILE", lock)
+    git(repository, "apply", "--cached", "--unidiff-zero", str(patches / "0001-test.patch"))
+    lock = {"url": str(repository), "commit": git(repository, "rev-parse", "HEAD")}
+    lock["patched_tree"] = git(repository, "write-tree")
+    git(repository, "reset", "--quiet")
+    (vendor / "electra.lock").write_text(toml(lock), encoding="utf-8")
+    monkeypatch.setattr(paths, "LOCK_FILE", vendor / "electra.lock")
     monkeypatch.setattr(paths, "PATCHES", patches)
     monkeypatch.setattr(paths, "vendor_directory", lambda: vendor)
-    return git_repository
+    return repository
+
+
+@pytest.fixture
+def fake_upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository of `pin_fake`."""
+    return pin_fake(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def once_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 40 documents, and a run with it that was evaluated at steps 2 and 4."""
+    directory = tmp_path_factory.mktemp("once")
+    documents = ("".join(f"{i}. {s}\n" for s in SPANISH) + "\n" for i in range(40))
+    (directory / "text.txt").write_text("".join(documents), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        pin_fake(directory, patch)
+        profile = tiny(directory / "text.txt", "train.evaluate_every=2")
+        execute(Run(profile, directory / "run"), until="evaluate")
+    return directory
+
+
+@pytest.fixture
+def text(once_trained: Path, tmp_path: Path) -> Path:
+    """A copy of the text of `once_trained`."""
+    return Path(shutil.copy2(once_trained / "text.txt", tmp_path))
 
 
 @pytest.fixture
@@ -283,3 +241,10 @@ def make_run(tmp_path: Path, text: Path) -> Callable[..., Run]:
         return Run(tiny(keys.pop("corpus", text), *overrides, **keys), tmp_path / "run")
 
     return make
+
+
+@pytest.fixture
+def trained(once_trained: Path, make_run: Callable[..., Run], fake_upstream: Path) -> Run:
+    """A copy of the run of `once_trained`."""
+    shutil.copytree(once_trained / "run", make_run().directory, symlinks=True)
+    return make_run()

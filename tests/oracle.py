@@ -4,8 +4,6 @@ An independent implementation after the papers (Vaswani et al. 2017, Devlin et a
 al. 2020), against which conversions are checked.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

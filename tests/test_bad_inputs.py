@@ -1,22 +1,28 @@
-"""Bad inputs are refused in one line, as tests/bad_inputs.py checks: here a few of each kind."""
+"""Short versions of benchmarks/bad_inputs.py and benchmarks/campaign.py."""
 
-from __future__ import annotations
+import subprocess
+import sys
 
-import contextlib
-from collections.abc import Iterator
-
-import bad_inputs
 import pytest
+from conftest import TESTS
+
+BENCHMARKS = TESTS.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bad_inputs.Campaign]:
-    directory = tmp_path_factory.mktemp("bad")
-    with contextlib.closing(bad_inputs.Campaign(directory, seed=0, until="vocab")) as campaign:
-        yield campaign
+def run(script: str, *arguments: str) -> str:
+    argv = [sys.executable, BENCHMARKS / script, *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
 
 
-@pytest.mark.parametrize("kind", bad_inputs.KINDS)
-def test_bad_inputs_are_refused_in_one_line(campaign: bad_inputs.Campaign, kind: str) -> None:
-    outcomes = [campaign.try_input(kind, number) for number in range(30)]
-    assert not (failures := bad_inputs.describe_failures(outcomes)), "\n".join(failures)
+def test_bad_inputs_are_refused_in_one_line() -> None:
+    output = run("bad_inputs.py", "--inputs=30", "--until=vocab")
+    assert output.count("exit code 2") == 6 and output.endswith("0 distinct failures\n")
+
+
+@pytest.mark.slow
+def test_run_with_faults_gives_the_undisturbed_result() -> None:
+    kinds = "kill all processes,damage a checkpoint,SIGTERM"
+    output = run("campaign.py", "--engine=native", "--faults=3", "--seed=1", f"--kinds={kinds}")
+    assert "the same result" in output and output.splitlines()[-1].startswith("native     all")

@@ -1,7 +1,5 @@
 """`model.init_from`: training starts from a run, from models of transformers, from TensorFlow."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -11,338 +9,242 @@ from typing import Any
 import numpy as np
 import pytest
 import test_weights
-from conftest import tiny
 from safetensors.numpy import load_file, save_file
 from test_sources import Server, server  # noqa: F401
 
 from electra_wrap import profiles
+from electra_wrap.card import model_card
 from electra_wrap.data import vocab
-from electra_wrap.engines import find_checkpoint
+from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
-from electra_wrap.monitor import evaluation
-from electra_wrap.native.checkpoints import checkpoint_path
-from electra_wrap.pipeline.convert import convert
-from electra_wrap.pipeline.execute import execute
+from electra_wrap.pipeline import execute
 from electra_wrap.profile import NETWORKS, toml
 from electra_wrap.run import Run
 
-pytestmark = pytest.mark.slow  # together they take minutes
 
-STEPS = 4
-ONE_STEP = {"steps": 1, "warmup_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory, corpus_text: Path) -> Run:
-    """A complete run of the native engine, with a generator of another size."""
-    directory = tmp_path_factory.mktemp("native") / "source"
-    profile = tiny(
-        corpus_text,
-        'engine="native"',
-        "model.generator_hidden_size=0.25",
-        "model.embedding_size=24",
-        "tokenizer.lowercase=true",
-        steps=STEPS,
-    )
-    run = Run(profile, directory)
-    execute(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def upstream_run(native: Run, upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    directory = tmp_path_factory.mktemp("upstream") / "source"
-    shutil.copytree(native.directory, directory)
-    profile = native.profile.model_copy(update={"engine": "upstream", "model_name": "theirs"})
-    run = Run(profile, directory)
-    execute(run)
-    return run
-
-
-def start(source: Run, path: Path, init_from: Any, *, sections: str = "", **keys: Any) -> Run:
-    """Return a run of a profile that extends the one of `source` with larger sizes.
-
-    `sections` is TOML.
-    """
+def start(source: Run, path: Path, init_from: Any, *overrides: str) -> Run:
+    """Return a run of a profile that inherits larger sizes, and lowercases."""
     values = source.profile.model_dump()
     values["model"] |= {"hidden_size": 128, "num_hidden_layers": 3, "embedding_size": 48}
-    values["tokenizer"] |= {"lowercase": False, "vocab_size": 500}
+    values["tokenizer"] |= {"lowercase": True, "vocab_size": 500}
+    values["train"] |= {"steps": 2, "evaluate_every": None}
     path.mkdir(exist_ok=True)
     (path / "base.toml").write_text(toml(values), encoding="utf-8")
-    own = {"extends": "base", "model_name": "domain", **keys}
-    own["model"] = {"init_from": init_from, **keys.get("model", {})}
-    (path / "domain.toml").write_text(f"{toml(own)}\n{sections}", encoding="utf-8")
-    return Run(profiles.load(str(path / "domain.toml")), path / "run")
+    names = init_from.items() if isinstance(init_from, dict) else [("", init_from)]
+    given = [f"model.init_from{'.' * bool(name)}{name}={value}" for name, value in names]
+    given = ["model_name=domain", *given, *overrides]
+    return Run(profiles.load(str(path / "base.toml"), given), path / "run")
+
+
+def weights(directory: Path) -> dict[str, np.ndarray]:
+    """Return all weights of two models of transformers."""
+    models = {network: load_file(directory / network / "model.safetensors") for network in NETWORKS}
+    return {f"{network} {key}": v for network in NETWORKS for key, v in models[network].items()}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    before, after = weights(one), weights(other)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def of_models(directory: Path) -> dict[str, str]:
     return {network: str(directory / network) for network in NETWORKS}
 
 
-KINDS: dict[str, Callable[[Run], Any]] = {
-    "run": lambda run: str(run.directory),
-    "hf": lambda run: str(run.exported),
-    "models": lambda run: of_models(run.exported),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_starts_where_the_source_ended(native: Run, tmp_path: Path, kind: str) -> None:
-    run = start(native, tmp_path, KINDS[kind](native), train={"steps": 3})
-    execute(run)
-    before, after = evaluation.evaluations(native), evaluation.evaluations(run)
-    assert after[0] == before[STEPS], "the same held-out text, examples and masks"
-    assert sorted(after) == [0, 3] and after[3] != after[0]
-    assert run.profile.model.shape("generator") == native.profile.model.shape("generator")
-    assert run.vocabulary.read_bytes() == native.vocabulary.read_bytes()
-    assert run.profile.tokenizer.lowercase
-    weights = load_file(checkpoint_path(run.model_dir, 0) / "generator" / "model.safetensors")
-    for name, value in load_file(native.exported / "generator" / "model.safetensors").items():
-        assert name == "generator_lm_head.weight" or np.array_equal(weights[name], value), name
-    card = (run.exported / "discriminator" / "README.md").read_text(encoding="utf-8")
-    name = {"run": "source", "hf": "hf", "models": "discriminator"}[kind]
-    assert f"\nbase_model: {name}\n" in card and f"started from the weights of `{name}`" in card
-    assert not (run.directory / "initial").exists()
-    assert execute(Run(run.profile, run.directory)) == 0
-
-
-@pytest.mark.parametrize("engine", ["native", "upstream"])
-@pytest.mark.parametrize("kind", ["run", "tensorflow"])
-@pytest.mark.upstream
-def test_upstream_and_its_checkpoints(
-    native: Run, upstream_run: Run, tmp_path: Path, engine: str, kind: str
+@pytest.mark.parametrize("kind", ["run", "hf", "two models"])
+def test_weights_and_all_that_follows_from_them_are_taken(
+    learned: Run, tmp_path: Path, kind: str
 ) -> None:
-    source = upstream_run.model_dir / f"model.ckpt-{STEPS}"
-    init_from = str(upstream_run.directory if kind == "run" else source)
-    sections = "" if kind == "run" else f'[tokenizer]\nsource = "{upstream_run.vocabulary}"\n'
-    if kind == "tensorflow":
-        sections += "lowercase = true\n"
-    run = start(native, tmp_path, init_from, sections=sections, engine=engine, train={"steps": 2})
-    execute(run, until="evaluate")
-    after = evaluation.evaluations(run, engine)
-    assert sorted(after) == [0, 2]
-    if engine == "upstream":  # the native engine draws other masks
-        before = evaluation.evaluations(upstream_run, engine)
-        assert after[0] == pytest.approx(before[STEPS], rel=1e-5)
-
-
-def test_slots_are_taken_along(native: Run, tmp_path: Path) -> None:
-    run = start(
-        native, tmp_path, str(native.directory), train=ONE_STEP, model={"init_optimizer": True}
-    )
-    execute(run, until="train")
-    slots = load_file(checkpoint_path(run.model_dir, 0) / "generator" / "adam_v.safetensors")
-    assert max(value.max() for value in slots.values()) > 0
-    without = start(native, tmp_path / "other", str(native.directory), train=ONE_STEP)
-    execute(without, until="train")
-    assert not list(checkpoint_path(without.model_dir, 0).rglob("adam_*"))
-
-
-def test_models_of_a_hub(native: Run, server: Server, tmp_path: Path, cli: Any) -> None:  # noqa: F811
-    """The real client reads from a server that imitates a hub, and the commit is recorded."""
+    directory = shutil.copytree(learned.directory, tmp_path / "source")
+    kinds = {"run": directory, "hf": directory / "hf", "two models": of_models(directory / "hf")}
+    run = start(learned, tmp_path, kinds[kind])
+    execute(run, until="vocab")
+    assert_equal(run.initial, learned.exported)
+    assert run.vocabulary.read_bytes() == learned.vocabulary.read_bytes()
     for network in NETWORKS:
-        for path in (native.exported / network).iterdir():
-            if path.name != "vocab.txt":  # newer tokenizers have tokenizer.json alone
-                for revision in ("main", "0" * 40):
-                    server.url(f"ana/{network}/resolve/{revision}/{path.name}", path.read_bytes())
-    address = f"http://127.0.0.1:{server.server_port}"
-    hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub")}
-    values = native.profile.model_dump()
-    (tmp_path / "base.toml").write_text(toml(values), encoding="utf-8")
-    names = ", ".join(f'{network} = "hf://ana/{network}"' for network in NETWORKS)
-    profile = f'extends = "base"\n[model]\ninit_from = {{{names}}}\n[train]\nsteps = 2\n'
-    (tmp_path / "domain.toml").write_text(profile, encoding="utf-8")
-    done = cli("run", "--profile", "domain.toml", "--run-dir", "r", env=hub)
-    assert done.returncode == 0, done.stderr
-    run = Run.open(tmp_path / "r")
-    assert evaluation.evaluations(run)[0] == evaluation.evaluations(native)[STEPS]
-    assert run.profile.model.init_from.discriminator == f"hf://ana/discriminator@{'0' * 40}"  # type: ignore[union-attr]
-    card = (run.exported / "generator" / "README.md").read_text(encoding="utf-8")
-    assert "\nbase_model: ana/generator\n" in card
-    offline = {**hub, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-    failed = cli("run", "--profile", "domain.toml", "--run-dir", "q", env=offline)
-    assert failed.returncode == 3 and len(failed.stderr.splitlines()) == 1
-    assert not (tmp_path / "q").exists()
+        assert run.profile.model.shape(network) == learned.profile.model.shape(network)
+    assert not run.profile.tokenizer.lowercase
+    card, name = model_card(run, "discriminator", 2), "source" if kind == "run" else "discriminator"
+    assert f"\nbase_model: {name}\n" in card and f"started from the weights of `{name}`" in card
 
 
-def test_other_weights_under_the_same_name_are_refused(native: Run, tmp_path: Path) -> None:
-    models = tmp_path / "hf"
-    shutil.copytree(native.exported, models)
-    run = start(native, tmp_path, str(models), train={"steps": 2})
-    execute(run, until="train")
-    file = models / "generator" / "model.safetensors"
-    weights = {name: value + 1 for name, value in load_file(file).items()}
-    save_file(weights, file, {"format": "pt"})
-    more = start(native, tmp_path, str(models), train={"steps": 3})
-    with pytest.raises(UsageError, match=r"model\.init_from was"):
-        execute(more, until="train")
+def test_training_starts_where_the_source_ended_and_reads_it_once(
+    learned: Run, tmp_path: Path
+) -> None:
+    source = shutil.copytree(learned.exported, tmp_path / "source")
+    execute(run := start(learned, tmp_path, source), until="train")
+    before, after = learned.model.evaluations, run.model.evaluations
+    assert after[0] == before[6], "the same held-out text, examples and masks"
+    assert sorted(after) == [0, 2] and after[2] != after[0] and not run.initial.exists()
+    shutil.rmtree(source)
+    assert execute(start(learned, tmp_path, source), until="train") == 0
+    execute(run := start(learned, tmp_path, source, "train.steps=3"), until="train")
+    assert sorted(run.model.evaluations) == [0, 2, 3]
+    with pytest.raises(UsageError, match=r"hidden_size = 256, but .* have 64"):
+        execute(start(learned, tmp_path, source, "model.hidden_size=256"), until="train")
+    other = shutil.copytree(learned.exported, tmp_path / "other")
+    damage(other, lambda tensors: tensors[LAYER].fill(0))
+    with pytest.raises(UsageError, match=r"3 steps, and model\.init_from was '.*' and is '.*';"):
+        execute(start(learned, tmp_path, other, "train.steps=4"), until="train")
 
 
-#: What a profile sets, and the message.
-CONTRADICTIONS = {
-    "no source": ("", "is not there"),
-    "hidden_size": ("[model]\nhidden_size = 256\n", "hidden_size = 256, but .* have 64"),
-    "size": ('[model]\nsize = "base"\n', "size = 'base', but .* have 'small'"),
-    "generator": ("[model]\ngenerator_hidden_size = 0.5\n", "= 0.5, but .* have 0.25"),
-    "positions": ("[model]\nmax_position_embeddings = 1024\n", "= 1024, but .* have 512"),
-    "casing": ("[tokenizer]\nlowercase = false\n", "lowercase = False, but .* have True"),
-    "trained": ('[tokenizer]\nsource = "train"\nvocab_size = 300\n', "have a vocabulary already"),
-    "tokens": ('[tokenizer]\nsource = "other.txt"\n', "token 7 of .* is '.*', but '.*' in model"),
-    "fewer": ('[tokenizer]\nsource = "fewer.txt"\n', "has 200 tokens, but .* have 300"),
-}
-
-
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_contradiction_is_refused(native: Run, tmp_path: Path, case: str) -> None:
-    sections, message = CONTRADICTIONS[case]
-    tokens = vocab.read(native.vocabulary)
-    (tmp_path / "fewer.txt").write_text("\n".join(tokens[:200]), encoding="utf-8")
-    tokens[7], tokens[8] = tokens[8], tokens[7]
-    (tmp_path / "other.txt").write_text("\n".join(tokens), encoding="utf-8")
-    source = tmp_path / "nowhere" if case == "no source" else native.directory
-    if sections.startswith("[model]\n"):
-        key, _, value = sections.removeprefix("[model]\n").partition(" = ")
-        keys = {"model": {key: json.loads(value)}}
-        sections = ""
-    else:
-        keys = {}
-    with pytest.raises(UsageError, match=message):
-        start(native, tmp_path, str(source), sections=sections, **keys)
-    assert not (tmp_path / "run").exists()
-
-
-def damage(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
-    """Return a function that changes the tensors of the generator in an `hf/` directory."""
-
-    def apply(directory: Path) -> None:
-        path = directory / "generator" / "model.safetensors"
-        tensors = dict(load_file(path))
-        change(tensors)
-        save_file(tensors, path, {"format": "pt"})
-
-    return apply
-
-
-def configure(network: str, **values: Any) -> Callable[[Path], None]:
-    def apply(directory: Path) -> None:
-        path = directory / network / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values), encoding="utf-8")
-
-    return apply
-
-
-def pickled(directory: Path) -> None:
-    (directory / "generator" / "model.safetensors").rename(directory / "generator" / "model.bin")
-
-
-LAYER = "electra.encoder.layer.0.output.dense.weight"
-EMBEDDINGS = "electra.embeddings.word_embeddings.weight"
-
-BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no generator": (lambda d: shutil.rmtree(d / "generator"), "no such generator"),
-    "other vocabulary": (configure("generator", vocab_size=299), "vocab_size is 300 .*, 299"),
-    "BERT": (configure("generator", architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
-    "a classifier": (
-        configure("discriminator", architectures=["ElectraForSequenceClassification"]),
-        "ElectraForSequenceClassification",
-    ),
-    "another activation": (configure("generator", hidden_act="relu"), "hidden_act is 'relu'"),
-    "damaged configuration": (configure("generator", hidden_size=[]), "config.json is damaged"),
-    "incomplete": (damage(lambda t: t.pop(LAYER) is None), f"{LAYER}: missing in"),
-    "not finite": (damage(lambda t: t[LAYER].fill(np.nan)), "not finite"),
-    "another shape": (
-        damage(lambda t: t.update({LAYER: t[LAYER].T.copy()})), r"has the shape \[64, 16\]",
-    ),
-    "other embeddings": (
-        damage(lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS] + 1})), "has another",
-    ),
-    "pickle": (pickled, "no model.safetensors"),
-    "truncated": (
-        lambda d: (d / "generator" / "model.safetensors").write_bytes(b"\x08" + bytes(99_999)),
-        "cannot be read|has no ELECTRA|layers and",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_MODELS)
-def test_bad_models_are_refused_before_any_work(native: Run, tmp_path: Path, case: str) -> None:
-    models = tmp_path / "hf"
-    shutil.copytree(native.exported, models)
-    change, message = BAD_MODELS[case]
-    change(models)
-    with pytest.raises(UsageError, match=message) as error:
-        execute(start(native, tmp_path, of_models(models)))
-    assert "\n" not in str(error.value)
-    written = [path.name for path in (tmp_path / "run").glob("*")]
-    assert not {"corpus", "vocab.txt", "models", "initial"} & set(written)
-
-
-def test_one_model_is_refused(native: Run, tmp_path: Path) -> None:
-    for init_from in (str(native.exported / "discriminator"), "hf://google/electra-small"):
-        with pytest.raises(UsageError, match="a training needs two"):
-            start(native, tmp_path, init_from)
-
-
-def test_slots_of_a_source_without_any(native: Run, tmp_path: Path) -> None:
-    run = start(native, tmp_path, str(native.exported), model={"init_optimizer": True})
-    with pytest.raises(UsageError, match="init_optimizer needs a run"):
-        execute(run)
-    with pytest.raises(UsageError, match=r"there is no model\.init_from"):
-        profiles.load("spanish-tiny", ["model.init_optimizer=true"])
-
-
-def test_incomplete_tensorflow_checkpoint_is_refused(native: Run, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def longer(learned: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of the native engine from a TensorFlow checkpoint with 1,024 positions."""
+    path = tmp_path_factory.mktemp("longer")
     values = test_weights.variables(hidden=64, generator_hidden=16, embedding=24, vocabulary=300)
-    del values["generator_predictions/output_bias"]
-    test_weights.checkpoints({tmp_path / "checkpoint": values})
-    sections = f'[tokenizer]\nsource = "{native.vocabulary}"\n'
-    with pytest.raises(UsageError, match="generator lacks generator_predictions/output_bias"):
-        start(native, tmp_path, str(tmp_path / "checkpoint"), sections=sections)
+    positions = "electra/embeddings/position_embeddings"
+    values[positions] = np.concatenate([values[positions], values[positions][::-1]])
+    untied = test_weights.variables(hidden=64, generator_hidden=16, embedding=16, tied=False)
+    test_weights.checkpoints({path / "checkpoint": values, path / "untied": untied})
+    keys = (f"tokenizer.source={learned.vocabulary}", "model.max_seq_length=600")
+    execute(run := start(learned, path, path / "checkpoint", *keys), until="evaluate")
+    return run
 
 
-def test_generator_that_upstream_has_not(native: Run, tmp_path: Path) -> None:
-    """It has 4 attention heads, not hidden size / 64. The native engine trains it."""
-    models = tmp_path / "hf"
-    shutil.copytree(native.exported, models)
-    configure("generator", num_attention_heads=4)(models)
-    run = start(native, tmp_path, str(models), train=ONE_STEP)
-    execute(run, until="train")
-    assert run.profile.model.shape("generator").num_attention_heads == 4
-    with pytest.raises(UsageError, match=r'generator_num_attention_heads.*set engine = "native"'):
-        start(native, tmp_path, str(models), engine="upstream")
+def test_training_starts_from_a_tensorflow_checkpoint(longer: Run, tmp_path: Path) -> None:
+    model, embeddings = longer.profile.model, "discriminator electra.embeddings"
+    assert (model.max_seq_length, model.max_position_embeddings) == (600, 1024)
+    assert sorted(longer.model.evaluations) == [0, 2]
+    engine_of(longer).export(longer, 2, tmp_path / "hf")
+    assert weights(tmp_path / "hf")[f"{embeddings}.position_embeddings.weight"].shape == (1024, 24)
+    untied = longer.directory.with_name("untied")
+    run = start(longer, tmp_path, untied, f"tokenizer.source={longer.vocabulary}")
+    with pytest.raises(UsageError, match="has other embeddings than the discriminator"):
+        execute(run, dry_run=True)
 
 
 @pytest.mark.upstream
 @pytest.mark.usefixtures("upstream")
-def test_longer_positions_in_both_engines(corpus_text: Path, tmp_path: Path) -> None:
-    """Upstream's graph has the rows of the profile, and the native engine continues its model."""
-    keys = ("model.max_position_embeddings=1024", "model.num_hidden_layers=1")
-    run = Run(tiny(corpus_text, *keys, steps=2), tmp_path / "run")
-    execute(run, until="convert")
-    for network in NETWORKS:
-        weights = load_file(run.exported / network / "model.safetensors")
-        assert weights["electra.embeddings.position_embeddings.weight"].shape[0] == 1024
-    keys = (*keys, "model.max_seq_length=600", 'engine="native"', "model_name=long")
-    other = Run(tiny(corpus_text, *keys, steps=2), tmp_path / "long")
-    execute(other)
-    config = json.loads((other.exported / "generator" / "config.json").read_text())
-    tokenizer = json.loads((other.exported / "generator" / "tokenizer_config.json").read_text())
-    assert config["max_position_embeddings"] == 1024 and tokenizer["model_max_length"] == 600
-    back = Run(tiny(corpus_text, *keys, 'engine="upstream"', steps=3), tmp_path / "long")
-    execute(back, until="train")
-    assert (found := find_checkpoint(back)) and (found.engine, found.step) == ("upstream", 3)
+def test_each_engine_starts_from_a_run_of_the_other(longer: Run, tmp_path: Path) -> None:
+    theirs = start(longer, tmp_path, longer.directory, "engine=upstream")
+    execute(theirs, until="train")
+    assert sorted(theirs.model.evaluations) == [0]
+    engine_of(longer).export(longer, 2, tmp_path / "native")
+    for step in (0, 2):
+        engine_of(theirs).export(theirs, step, tmp_path / str(step))
+    assert_equal(tmp_path / "0", tmp_path / "native")
+    ours = start(theirs, tmp_path / "ours", theirs.directory, "engine=native")
+    execute(ours, until="vocab")
+    assert_equal(ours.initial, tmp_path / "2")
 
 
-def test_more_tokens_than_positions_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"larger than model\.max_position_embeddings = 512"):
-        profiles.load("spanish-tiny", ["model.max_seq_length=600"])
+def test_models_of_a_hub(learned: Run, server: Server, tmp_path: Path, cli: Any) -> None:  # noqa: F811
+    """The real client reads from a server that imitates a hub, and the commit is recorded."""
+    for path in learned.exported.glob("*/*"):
+        if path.name != "vocab.txt":  # newer tokenizers have tokenizer.json alone
+            for revision in ("main", "0" * 40):
+                name = f"ana/{path.parent.name}/resolve/{revision}/{path.name}"
+                server.url(name, path.read_bytes())
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": f"{tmp_path}/hub"}
+    start(learned, tmp_path, "")
+    given = [f"--set=model.init_from.{network}=hf://ana/{network}" for network in NETWORKS]
+    arguments = ("run", "--until=vocab", "--profile=./base.toml", *given)
+    offline = {**hub, "HF_HUB_OFFLINE": "1"}
+    failed = cli(*arguments, "--run-dir=q", env=offline)
+    assert failed.returncode == 3 and len(failed.stderr.splitlines()) == 2, failed.stderr
+    done = cli(*arguments, "--run-dir=r", env=hub)
+    assert done.returncode == 0, done.stderr
+    run = Run.open(tmp_path / "r")
+    assert_equal(run.initial, learned.exported)
+    assert run.vocabulary.read_bytes() == learned.vocabulary.read_bytes()
+    pinned = {network: f"hf://ana/{network}@{'0' * 40}" for network in NETWORKS}
+    assert run.profile.model_dump()["model"]["init_from"] == pinned
+    assert "\nbase_model: ana/generator\n" in model_card(run, "generator", 2)
 
 
-def test_convert_of_a_run_that_started_from_weights(native: Run, tmp_path: Path) -> None:
-    run = start(native, tmp_path, str(native.directory), train={"steps": 2, "save_every": 1})
-    execute(run, until="train")
-    convert(run, 0, tmp_path / "out", replace=False)
-    for network in NETWORKS:
-        ours = load_file(tmp_path / "out" / network / "model.safetensors")
-        for name, value in load_file(native.exported / network / "model.safetensors").items():
-            assert name == "generator_lm_head.weight" or np.array_equal(ours[name], value)
+#: What a profile sets, and the message.
+CONTRADICTIONS = {
+    "model.hidden_size=256": r"model\.hidden_size = 256, but .* have 64; remove the key",
+    "model.size=base": "model.size = 'base', but .* have 'small'",
+    "model.generator_hidden_size=0.25": "= 0.25, but .* have 0.5",
+    "model.max_position_embeddings=1024": "= 1024, but .* have 512",
+    "tokenizer.lowercase=true": "lowercase = True, but .* have False",
+    "tokenizer={source='train',vocab_size=300}": "'train', but .* have a vocabulary already",
+    "tokenizer.source=other.txt": "token 7 of .* is '.*', but '.*' in model",
+    "tokenizer.source=fewer.txt": "has 200 tokens, but .* have 300",
+}
+
+
+@pytest.mark.parametrize("setting", CONTRADICTIONS)
+def test_contradiction_names_both_values(
+    learned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = vocab.read(learned.vocabulary)
+    Path("fewer.txt").write_text("\n".join(tokens[:200]), encoding="utf-8")
+    tokens[7], tokens[8] = tokens[8], tokens[7]
+    Path("other.txt").write_text("\n".join(tokens), encoding="utf-8")
+    refuse(start(learned, tmp_path, learned.directory, setting), CONTRADICTIONS[setting])
+
+
+def refuse(run: Run, message: str) -> None:
+    """Assert that a run is refused before any work, and that a plan has the same error."""
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=message) as error:
+            execute(run, dry_run=dry_run)
+        assert "\n" not in str(error.value)
+    assert {path.name for path in run.directory.iterdir()} <= {".lock", "logs"}
+
+
+def damage(directory: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change the tensors of the generator in an `hf/` directory."""
+    tensors = dict(load_file(path := directory / "generator" / "model.safetensors"))
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def configure(directory: Path, **values: Any) -> None:
+    path = directory / "generator" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values), encoding="utf-8")
+
+
+LAYER = "electra.encoder.layer.0.output.dense.weight"
+EMBEDDINGS = "electra.embeddings.word_embeddings.weight"
+FILE = "generator/model.safetensors"
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no generator": (lambda d: shutil.rmtree(d / "generator"), "there is no .*/generator; correct"),
+    "other vocabulary": (lambda d: configure(d, vocab_size=299), "vocab_size is 300, but 299"),
+    "activation": (lambda d: configure(d, hidden_act="relu"), "hidden_act is gelu, but relu"),
+    "configuration": (lambda d: configure(d, hidden_size=[]), "has no ELECTRA for transformers"),
+    "incomplete": (lambda d: damage(d, lambda t: t.pop(LAYER)), f"{LAYER}: missing in"),
+    "a classifier": (
+        lambda d: damage(d, lambda t: t.update(classifier=t[LAYER])), "classifier: .*foreign to",
+    ),
+    "not finite": (
+        lambda d: damage(d, lambda t: t[LAYER].fill(np.nan)), f"{LAYER} has values .* not finite",
+    ),
+    "another shape": (
+        lambda d: damage(d, lambda t: t.update({LAYER: t[LAYER].T.copy()})), "dense.* shape",
+    ),
+    "other embeddings": (
+        lambda d: damage(d, lambda t: t[EMBEDDINGS].fill(1)), "has other embeddings than",
+    ),
+    "pickle": (lambda d: (d / FILE).rename(d / "model.bin"), r"no model\.safetensors; save"),
+    "truncated": (lambda d: (d / FILE).write_bytes(b"\x08" + bytes(99_999)), "no model of transf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models_are_refused_before_any_work(learned: Run, tmp_path: Path, case: str) -> None:
+    models = shutil.copytree(learned.exported, tmp_path / "hf")
+    change, message = BAD_MODELS[case]
+    change(models)
+    refuse(start(learned, tmp_path, of_models(models)), message)
+
+
+def test_one_model_is_refused(learned: Run, tmp_path: Path) -> None:
+    refuse(start(learned, tmp_path, "hf://ana/electra"), "give a run, .* or two models of")
+
+
+def test_generator_that_upstream_has_not(learned: Run, tmp_path: Path) -> None:
+    """It has 4 attention heads, not hidden size / 64. The native engine trains it."""
+    models = shutil.copytree(learned.exported, tmp_path / "hf")
+    configure(models, num_attention_heads=4)
+    run = start(learned, tmp_path, models)
+    execute(run, until="vocab")
+    assert run.profile.model.shape("generator").num_attention_heads == 4
+    with pytest.raises(UsageError, match=r'upstream does not support it; set engine = "native"'):
+        execute(start(learned, tmp_path / "theirs", models, "engine=upstream"))

@@ -1,7 +1,5 @@
 """The metrics of both networks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

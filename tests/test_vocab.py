@@ -1,16 +1,13 @@
 """Vocabularies: validated and reproducible, with tokenizer files that match training."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SPANISH, child
+from conftest import SPANISH, child, python
 from test_sources import Server, server  # noqa: F401
 
 from electra_wrap.data import vocab
@@ -20,58 +17,64 @@ GOOD = [*vocab.SPECIAL_TOKENS, "a", "##a", "pájaro"]
 CASED = {"lowercase": False, "strip_accents": False}
 
 
-def write(path: Path, lines: list[str], end: str = "\n") -> Path:
-    path.write_bytes(("\n".join(lines) + end).encode())
+def write(path: Path, lines: list[str]) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def tokenizer_json(tokens: list[str], first: int = 0) -> bytes:
+    """Return a tokenizer.json, which need not have the tokens in the order of their numbers."""
+    ids = {token: number for number, token in reversed(list(enumerate(tokens, first)))}
+    return json.dumps({"model": {"vocab": ids}}).encode()
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """An empty directory for shards."""
-    path = tmp_path / "corpus"
-    path.mkdir()
+    (path := tmp_path / "corpus").mkdir()
     return path
 
 
-@pytest.mark.parametrize("end", ["\n", ""])
-def test_each_line_is_a_token(tmp_path: Path, end: str) -> None:
-    assert vocab.read(write(tmp_path / "v", GOOD, end)) == GOOD
+def test_tokens_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    lines = "\n".join(GOOD).encode()
+    for name, content in (("a", lines), ("b", lines + b"\n"), ("c.json", tokenizer_json(GOOD))):
+        (tmp_path / name).write_bytes(content)
+        assert vocab.read(tmp_path / name) == GOOD
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("content", "message"),
     [
-        ([*GOOD, "a"], "'a' is on lines 6 and 9"),
+        ([*GOOD, "a"], "'a' is on line 9 again"),
         ([*GOOD, ""], "line 9 is ''"),
         ([*GOOD, " b"], "line 9 is ' b'"),
         ([*GOOD, "b\r"], "line 9 is 'b"),
         ([t for t in GOOD if t != "[MASK]"], r"\[MASK\] is missing"),
-        (GOOD[1:] + GOOD[:1], r"\[PAD\] is on line 8"),
+        (GOOD[1:] + GOOD[:1], r"\[PAD\] is not on line 1"),
+        (tokenizer_json(GOOD, 1), "its numbers have gaps"),
+        (b"\xff", "not a UTF-8 vocabulary: .*; give a vocab.txt"),
     ],
 )
-def test_malformed_vocabularies_are_refused(
-    tmp_path: Path, tokens: list[str], message: str
-) -> None:
+def test_malformed_vocabularies_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / ("v.json" if isinstance(content, bytes) else "v")
+    path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
     with pytest.raises(UsageError, match=message):
-        vocab.read(write(tmp_path / "v", tokens))
-
-
-def test_binary_file_is_no_vocabulary(tmp_path: Path) -> None:
-    (tmp_path / "v").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="not a UTF-8 vocabulary"):
-        vocab.read(tmp_path / "v")
+        vocab.read(path)
 
 
 def test_training_is_reproducible(tmp_path: Path, corpus: Path) -> None:
     write(corpus / "part-00000.txt", SPANISH * 3)
-    results = []
-    for _ in range(3):
-        vocab.train(corpus, tmp_path / "v", vocab_size=150, sample_bytes=None, **CASED)
-        results.append(vocab.read(tmp_path / "v"))
-    tokens = results[0]
-    assert results == [tokens] * 3
+    keys: dict[str, Any] = {"vocab_size": 150, "sample_bytes": None, **CASED}
+    script = "import sys, pathlib; from electra_wrap.data import vocab\n"
+    script += f"vocab.train(*map(pathlib.Path, sys.argv[1:]), **{keys})"
+    for seed in "123":
+        python("-c", script, corpus, tmp_path / seed, env={"PYTHONHASHSEED": seed})
+    tokens = vocab.read(tmp_path / "1")
+    assert tokens == vocab.read(tmp_path / "2") == vocab.read(tmp_path / "3")
     assert tokens[:5] == list(vocab.SPECIAL_TOKENS) and len(tokens) == 150
     assert any("á" in token for token in tokens)
+    with pytest.raises(UsageError, match=r"= 20 is less than the \d+ characters"):
+        vocab.train(corpus, tmp_path / "4", **(keys | {"vocab_size": 20}))
 
 
 def test_sample_is_from_everywhere_in_all_shards(tmp_path: Path, corpus: Path) -> None:
@@ -91,12 +94,7 @@ def test_sample_is_from_everywhere_in_all_shards(tmp_path: Path, corpus: Path) -
 def test_word_cache_computes_each_word_once_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab, "MAX_WORDS", 3)
     computed: list[str] = []
-
-    def compute(word: str) -> list[int]:
-        computed.append(word)
-        return [ord(c) for c in word]
-
-    words = vocab.WordCache(compute)
+    words = vocab.WordCache(lambda word: computed.append(word) or list(map(ord, word)))
     assert words.ids("a b a a") == [97, 98, 97, 97] and computed == ["a", "b"]
     text = "a b c d a e ab  b"
     assert words.ids(text) == [ord(c) for c in text if c != " "] and len(words) <= 3
@@ -136,32 +134,27 @@ def test_transformers_tokenizes_as_in_training(
     (tmp_path / "config.json").write_text('{"model_type": "electra"}', encoding="utf-8")
     texts = (SPANISH[0], "a" * 150, "a" * 201)
     answer = json.loads(child("hf_tokens.py", tmp_path, *texts, HF_HUB_OFFLINE="1"))
-    assert " ".join(answer["auto"][0][:2]) == first
-    assert answer["fast"][0] == answer["auto"][0]
+    assert " ".join(answer["auto"][0][:2]) == first and answer["fast"][0] == answer["auto"][0]
     assert answer["auto"][1][0] == "aa", "words have up to 200 characters, as upstream's"
-    assert answer["auto"][2] == ["[UNK]"]
-    assert answer["max_length"] == 64
+    assert answer["auto"][2] == ["[UNK]"] and answer["max_length"] == 64
 
 
 def test_vocabulary_is_fetched_from_a_hub(cli: Any, server: Server, tmp_path: Path) -> None:  # noqa: F811
-    url = server.url("ana/bert/resolve/main/vocab.txt", "\n".join(GOOD).encode())
-    hub = {"HF_ENDPOINT": url.partition("/ana")[0], "HF_HOME": str(tmp_path / "hf")}
+    server.url("ana/json/resolve/main/tokenizer.json", tokenizer_json(GOOD))
+    url = server.url("ana/text/resolve/main/vocab.txt", "\n".join(GOOD).encode())
     write(tmp_path / "t.txt", ["hola"])
-    arguments = ("run", "--until", "vocab", "--set", "corpus.source=t.txt", "--set")
-    done = cli(*arguments, "tokenizer.source=hf://ana/bert", "--run-dir", "r", env=hub)
-    assert done.returncode == 0, done.stderr
-    assert vocab.read(tmp_path / "r" / "vocab.txt") == GOOD
-    missing = cli(*arguments, "tokenizer.source=hf://ana/nada", "--run-dir", "q", env=hub)
-    assert missing.returncode == 2 and "hf://ana/nada" in missing.stderr.splitlines()[-1]
-    offline = {**hub, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-    unreachable = cli(*arguments, "tokenizer.source=hf://ana/bert", "--run-dir", "q", env=offline)
-    assert unreachable.returncode == 3
-    assert "give the path of a local copy" in unreachable.stderr.splitlines()[-1]
-    for failed in (missing, unreachable):
-        assert all(line.startswith("electra_wrap: ") for line in failed.stderr.splitlines())
-
-
-@pytest.mark.skipif("ELECTRA_WRAP_SHARED" not in os.environ, reason="needs ELECTRA_WRAP_SHARED")
-def test_multilingual_vocabulary_has_119547_tokens() -> None:
-    tokens = vocab.read(Path(os.environ["ELECTRA_WRAP_SHARED"]) / "mbert-cased-vocab.txt")
-    assert len(tokens) == 119_547
+    arguments = ("run", "--until=vocab", "--set=corpus.source=t.txt", "--set=corpus.held_out=0")
+    for name, code, message in (
+        ("json", 0, "vocab: 8 tokens"),
+        ("text", 0, 'to pin it, set tokenizer.sha256 = "'),
+        ("other", 2, "hf://ana/other has no vocabulary; correct tokenizer.source"),
+        ("nada", 3, "hf://ana/nada cannot be fetched (404"),
+        ("offline", 3, "give the path of a local copy"),
+    ):
+        hub = {"HF_ENDPOINT": url.partition("/ana")[0], "HF_HOME": str(tmp_path / "hf")}
+        hub["HF_HUB_OFFLINE"] = str(int(name == "offline"))
+        source = f"--set=tokenizer.source=hf://ana/{name}"
+        done = cli(*arguments, source, f"--run-dir={name}", env=hub)
+        assert done.returncode == code and message in done.stderr, done.stderr
+        assert all(line.startswith("electra_wrap: ") for line in done.stderr.splitlines())
+        assert code or vocab.read(tmp_path / name / "vocab.txt") == GOOD

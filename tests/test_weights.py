@@ -1,12 +1,10 @@
 """Converted networks give the logits that the variables of the checkpoint give."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
 import os
-import tracemalloc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +14,10 @@ import oracle
 import pytest
 from conftest import child
 
-from electra_wrap import subprocesses, weights
+from electra_wrap import convert, subprocesses, weights
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS, Shape
-from electra_wrap.tools import convert
 
 VOCABULARY = 90
 
@@ -29,15 +26,11 @@ def variables(
     hidden: int,
     generator_hidden: int,
     embedding: int,
-    layers: int = 2,
+    *,
     tied: bool = True,
     vocabulary: int = VOCABULARY,
-    deviation: float = 0.2,
 ) -> dict[str, Any]:
-    """Return random values for every variable of a checkpoint.
-
-    None is at its initial value, so that each one matters.
-    """
+    """Return random values, none of them initial ones, for every variable of a checkpoint."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def dense(name: str, n: int, m: int) -> None:
@@ -54,7 +47,7 @@ def variables(
             norm(f"{scope}/embeddings/LayerNorm", e)
         if e != width:
             dense(f"{scope}/embeddings_project", e, width)
-        for i in range(layers):
+        for i in range(2):
             layer = f"{scope}/encoder/layer_{i}"
             for part in ("self/query", "self/key", "self/value", "output/dense"):
                 dense(f"{layer}/attention/{part}", width, width)
@@ -69,7 +62,7 @@ def variables(
     shapes["generator_predictions/output_bias"] = (vocabulary,)
     random = np.random.default_rng(0)
     values = {
-        name: (random.normal(0, deviation, shape) + name.endswith("gamma")).astype(np.float32)
+        name: (random.normal(0, 0.2, shape) + name.endswith("gamma")).astype(np.float32)
         for name, shape in shapes.items()
     }
     slot = {"generator_predictions/output_bias/adam_m": np.zeros(vocabulary, np.float32)}
@@ -84,26 +77,9 @@ def checkpoints(values: dict[Path, dict[str, Any]]) -> None:
     child("write_checkpoint.py", *values)
 
 
-def to_transformers(checkpoint: Path, out: Path, **options: Any) -> None:
-    """Convert a directory's checkpoint in a process of its own."""
-    arguments = {"checkpoint": weights.find_prefix(str(checkpoint)), "out": str(out), **options}
-    subprocesses.call("electra_wrap.weights", "to_transformers", arguments)
-
-
 def to_tensorflow(exported: Path, out: Path, step: int = 0) -> None:
     """Convert the models in `exported`/NETWORK in a process of its own."""
-    out.mkdir()
-    networks = {network: str(exported / network) for network in NETWORKS}
-    arguments = {**networks, "out": str(out), "step": step}
-    subprocesses.call("electra_wrap.weights", "to_tensorflow", arguments)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    values = variables(128, 64, 32)
-    directory = tmp_path_factory.mktemp("good") / "c"
-    checkpoints({directory: values})
-    return directory, values
+    convert.to_tensorflow(*(exported / network for network in NETWORKS), out, step=step)
 
 
 SIZES = {
@@ -114,8 +90,23 @@ SIZES = {
     "untied": {"hidden": 128, "generator_hidden": 64, "embedding": 128, "tied": False},
 }
 
-#: Largest absolute difference of a logit or key between transformers in float32 and the oracle in
-#: float64.
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The values of a checkpoint of each of `SIZES`, by its directory, which has an `hf/`, too.
+
+    One process converts all of them, because importing TensorFlow takes seconds.
+    """
+    path = tmp_path_factory.mktemp("converted")
+    values = {str(path / name): variables(**sizes) for name, sizes in SIZES.items()}
+    checkpoints({Path(directory): arrays for directory, arrays in values.items()})
+    jobs = [{"checkpoint": weights.find_prefix(name), "out": f"{name}/hf"} for name in values]
+    jobs.append({**jobs[0], "out": f"{path}/heads", "heads": {"generator": 4}})
+    list(subprocesses.call_each("electra_wrap.weights", "to_transformers", jobs))
+    return values
+
+
+#: Largest difference of a logit or key between transformers in float32 and the oracle in float64.
 TOLERANCE = 5e-5
 
 
@@ -128,11 +119,8 @@ def inputs(
     borders = random.integers(1, length + 1, (batch, 1))
     ends[0], borders[0] = length, length // 2
     mask = (np.arange(length) < ends).astype(np.int64)
-    arrays = [
-        random.integers(0, vocabulary, (batch, length)),
-        mask,
-        (np.arange(length) >= borders) * mask,
-    ]
+    ids = random.integers(0, vocabulary, (batch, length))
+    arrays = [ids, mask, (np.arange(length) >= borders) * mask]
     np.savez(path, *arrays)
     return arrays
 
@@ -153,8 +141,7 @@ def largest_differences(
 
 def wrong_mappings(values: dict[str, Any]) -> list[tuple[str, dict[str, str | None]]]:
     """Return every way to swap two parameters of the same shape, and to drop one."""
-    shapes = {name: value.shape for name, value in values.items()}
-    wrong: list[tuple[str, dict[str, str | None]]] = []
+    shapes, wrong = {name: value.shape for name, value in values.items()}, []
     for network in NETWORKS:
         _, names = weights.describe(network, shapes)
         wrong += [(network, {pytorch: None}) for pytorch in names.values()]
@@ -166,19 +153,15 @@ def wrong_mappings(values: dict[str, Any]) -> list[tuple[str, dict[str, str | No
     return wrong
 
 
-@pytest.mark.parametrize(
-    "name", ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in ("base", "untied"))]
-)
+@pytest.mark.parametrize("name", SIZES)
 def test_converted_networks_equal_the_oracle_and_no_parameter_can_be_wrong(
-    tmp_path: Path, name: str
+    tmp_path: Path, converted: dict[str, Any], name: str
 ) -> None:
-    values = variables(**SIZES[name])
-    checkpoints({tmp_path / "c": values})
-    to_transformers(tmp_path / "c", tmp_path / "hf")
+    directory, values = list(converted.items())[list(SIZES).index(name)]
     arrays = inputs(tmp_path / "in.npz")
     wrong = wrong_mappings(values)
     assert len(wrong) > 500
-    files = [tmp_path / file for file in ("hf", "in.npz", "out.npz")]
+    files = (f"{directory}/hf", tmp_path / "in.npz", tmp_path / "out.npz")
     output = child("hf_logits.py", *files, stdin=json.dumps(wrong), HF_HUB_OFFLINE="1")
     differences = largest_differences(values, arrays, np.load(tmp_path / "out.npz"))
     assert max(differences.values()) < TOLERANCE, differences
@@ -187,30 +170,29 @@ def test_converted_networks_equal_the_oracle_and_no_parameter_can_be_wrong(
     assert not unnoticed, f"{len(unnoticed)} of {len(wrong)} wrong mappings: {unnoticed[:5]}"
 
 
-@pytest.mark.slow
-def test_round_trip_is_bit_identical(tmp_path: Path) -> None:
-    values = {tmp_path / name: variables(**sizes) for name, sizes in SIZES.items()}
-    checkpoints(values)
-    for directory in values:
-        to_transformers(directory, directory / "hf")
-        to_tensorflow(directory / "hf", directory / "back", step=7)
-        assert (directory / "back" / "model.ckpt-7.index").is_file()
-    child("read_checkpoint.py", *(directory / "back" for directory in values))
-    for directory, before in values.items():
-        after = np.load(directory / "back" / "values.npz")
+def test_round_trip_is_bit_identical(converted: dict[str, Any], tmp_path: Path) -> None:
+    jobs = []
+    for number, directory in enumerate(converted):
+        (out := tmp_path / str(number)).mkdir()
+        models = {network: f"{directory}/hf/{network}" for network in NETWORKS}
+        jobs.append({**models, "out": str(out), "step": 7})
+    list(subprocesses.call_each("electra_wrap.weights", "to_tensorflow", jobs))
+    child("read_checkpoint.py", *(job["out"] for job in jobs))
+    for job, before in zip(jobs, converted.values(), strict=True):
+        after = np.load(f"{job['out']}/values.npz")
         names = {name for name in before if not weights.NOT_WEIGHTS.search(name)}
         slots = {f"{name}/{slot}" for name in names for slot in weights.SLOTS}
-        assert set(after) == {"global_step", *names, *slots}
-        assert after["global_step"] == 7
+        assert set(after) == {"global_step", *names, *slots} and after["global_step"] == 7
         for name in names:
             assert after[name].dtype == np.float32
             assert after[name].tobytes() == before[name].tobytes()
-            assert not after[f"{name}/adam_v"].any()
-            assert after[f"{name}/adam_m"].shape == before[name].shape
+            for slot in weights.SLOTS:
+                assert after[f"{name}/{slot}"].shape == before[name].shape
+                assert not after[f"{name}/{slot}"].any()
 
 
-def test_config_is_read_from_the_checkpoint(good: tuple[Path, dict[str, Any]]) -> None:
-    shapes = {name: value.shape for name, value in good[1].items()}
+def test_config_is_read_from_the_checkpoint() -> None:
+    shapes = {name: np.shape(value) for name, value in variables(**SIZES["small"]).items()}
     shapes["electra/embeddings/position_embeddings"] = (48, 32)
     keys = [field.name for field in dataclasses.fields(Shape)]
     keys += ["vocab_size", "max_position_embeddings"]
@@ -224,98 +206,87 @@ def test_config_is_read_from_the_checkpoint(good: tuple[Path, dict[str, Any]]) -
     assert weights.describe("discriminator", shapes, heads=4)[0]["num_attention_heads"] == 4
 
 
-def test_convert_writes_models_and_tokenizer(
-    cli: Any, good: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_convert_writes_models_and_a_tokenizer_and_back(
+    cli: Any, converted: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Also where paths have characters that TensorFlow takes for a pattern."""
     tokens = [*vocab.SPECIAL_TOKENS, *(f"w{i}" for i in range(VOCABULARY - 5))]
     (tmp_path / "v.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    hf = tmp_path / "hf"
-    done = cli("convert", str(good[0]), "--out", "hf", "--vocab", "v.txt", "--max-length", "64")
-    assert (done.returncode, done.stdout.strip()) == (0, str(hf)), done.stderr
+    shutil.copytree(next(iter(converted)), tmp_path / "*[1]")
+    done = cli("convert", "*[1]", "--out", "h[2]/hf", "--vocab", "v.txt", "--lowercase")
+    hf = tmp_path / "h[2]" / "hf"
+    assert (done.returncode, done.stdout) == (0, "h[2]/hf\n"), done.stderr
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (hf / "generator").iterdir()} == files | {"vocab.txt"}
     config = json.loads((hf / "discriminator" / "config.json").read_text(encoding="utf-8"))
     assert (config["vocab_size"], config["hidden_size"]) == (VOCABULARY, 128)
     tokenizer = json.loads((hf / "generator" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert tokenizer["model_max_length"] == 64
-    again = cli("convert", str(good[0]), "--out", "hf")
-    assert again.returncode == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
-    before = (hf / "generator" / "model.safetensors").stat().st_ino
-    assert cli("convert", str(good[0]), "--out", "hf", "--force").returncode == 0
-    assert (hf / "generator" / "model.safetensors").stat().st_ino != before
-    assert not (hf / "generator" / "vocab.txt").exists(), "replaced, not mixed"
-    assert sorted(path.name for path in hf.iterdir()) == ["discriminator", "generator"]
+    assert (tokenizer["model_max_length"], tokenizer["do_lower_case"]) == (512, True)
+    networks = [f"h[2]/hf/{network}" for network in NETWORKS]
+    back = cli("convert", "--to-tf", *networks, "--out", "back[3]", "--step", "7")
+    assert back.returncode == 0, back.stderr
+    assert weights.find_prefix(f"{tmp_path}/back[3]") == f"{tmp_path}/back[3]/model.ckpt-7"
 
 
 def test_find_prefix(tmp_path: Path) -> None:
-    released = tmp_path / "released"
-    released.mkdir()
+    (released := tmp_path / "released").mkdir()
     (released / "electra_small.index").touch()
     prefix = f"{released}/electra_small"
     assert weights.find_prefix(str(released)) == weights.find_prefix(prefix) == prefix
     for step in (90, 100):
         (tmp_path / f"model.ckpt-{step}.index").touch()
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/elsewhere/model.ckpt-90"\n')
-    assert weights.find_prefix(str(tmp_path)) == f"{tmp_path}/model.ckpt-90"
-    of_step_100 = weights.find_prefix(str(tmp_path), 100)
-    assert of_step_100 == weights.find_prefix(f"{tmp_path}/model.ckpt-100.index")
-    with pytest.raises(UsageError, match="has no checkpoint of step 7"):
-        weights.find_prefix(str(tmp_path), 7)
-    (tmp_path / "checkpoint").unlink()
-    with pytest.raises(UsageError, match=r"has model\.ckpt-100, model\.ckpt-90; give"):
-        weights.find_prefix(str(tmp_path))
+    assert weights.find_prefix(str(tmp_path), 90) == f"{tmp_path}/model.ckpt-90"
+    latest = f"{tmp_path}/model.ckpt-100"
+    assert weights.find_prefix(str(tmp_path)) == weights.find_prefix(f"{latest}.index") == latest
+    for path, step, of_step in ((tmp_path, 7, " of step 7"), (tmp_path / "nowhere", None, "")):
+        with pytest.raises(UsageError, match=f"{path}: there is no checkpoint{of_step}; give"):
+            weights.find_prefix(str(path), step)
 
 
 class Case(NamedTuple):
     """A checkpoint that does not convert: what its error says, and what is wrong with it."""
 
     error: str
-    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
+    put: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    rename: tuple[str, str] = ("", "")
     damage: Callable[[Path], Any] = lambda directory: None
-    options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    options: dict[str, Any] = {}  # noqa: RUF012
 
 
-def rename(old: str, new: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda values: {name.replace(old, new): value for name, value in values.items()}
-
-
-def remove(start: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda values: {n: value for n, value in values.items() if not n.startswith(start)}
-
-
-def put(name: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda values: values | {name: value}
-
-
+BIAS = "generator_predictions/output_bias"
 INDEX, DATA = "model.ckpt-3.index", "model.ckpt-3.data-00000-of-00001"
 
 BROKEN = [
-    Case("lacks electra/encoder/layer_1", remove("electra/encoder/layer_1/output/dense/bias")),
-    Case("lacks electra/embeddings/position", remove("electra/embeddings/position_embeddings")),
-    Case("not ELECTRA's: extra/kernel", put("extra/kernel", np.zeros(3))),
-    Case("has no generator", rename("generator/", "generator_ltr/")),  # Electric
-    Case("has no generator", remove("generator")),
-    Case("has no discriminator", rename("electra/", "bert/")),
-    Case("not finite", put("generator_predictions/output_bias", np.full(90, np.nan))),
+    Case("lacks electra/encoder/layer_1", {"electra/encoder/layer_1/output/dense/bias": None}),
+    Case("lacks electra/embeddings/position", {"electra/embeddings/position_embeddings": None}),
+    Case("lacks electra/encoder/layer_2/", {"electra/encoder/layer_150000/x": np.zeros(2)}),
+    Case(f"the generator lacks {BIAS};", {BIAS: None}),
+    Case("not ELECTRA's: extra/kernel", {"extra/kernel": np.zeros(3)}),
+    Case("has no generator", rename=("generator/", "generator_ltr/")),  # Electric
+    Case("has no discriminator", rename=("electra/", "bert/")),
+    Case(f"{BIAS} has values that are not finite", {BIAS: np.full(VOCABULARY, np.nan)}),
     Case("not a complete checkpoint", damage=lambda d: os.truncate(d / DATA, 200_000)),
     Case("not a complete checkpoint", damage=lambda d: (d / DATA).unlink()),
     Case("not a complete checkpoint", damage=lambda d: (d / INDEX).write_text("text")),
-    Case("no checkpoint", damage=lambda d: (d / INDEX).unlink()),
+    Case("there is no checkpoint", damage=lambda d: (d / INDEX).unlink()),
     Case("vocab_size is 90, but 6 is expected", options={"vocabulary": "../other.txt"}),
     Case("not divisible by 3 heads", options={"heads": 3}),
     Case("has an effect with --lowercase only", options={"strip_accents": True}),
     Case("exists; choose another --out", damage=lambda d: (d / "hf/generator").mkdir(parents=True)),
-    Case("hf", damage=lambda d: (d / "hf").touch()),
-    Case("", put("generator_predictions/temperature", np.float32(1))),  # converts
+    Case("exists; choose another --out", damage=lambda d: (d / "hf").touch()),
+    Case("", {"generator_predictions/temperature": np.float32(1)}),  # converts
 ]
 
 
 def test_unsuitable_checkpoints_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    tokens = [*vocab.SPECIAL_TOKENS, "a"]
-    (tmp_path / "other.txt").write_text("\n".join(tokens), encoding="utf-8")
+    (tmp_path / "other.txt").write_text("\n".join([*vocab.SPECIAL_TOKENS, "a"]), encoding="utf-8")
     cases = {tmp_path / str(number): case for number, case in enumerate(BROKEN)}
-    values = variables(128, 64, 32)
-    checkpoints({directory: case.change(values) for directory, case in cases.items()})
+    values, written = variables(**SIZES["small"]), {}
+    for directory, case in cases.items():
+        changed = (values | case.put).items()
+        written[directory] = {n.replace(*case.rename): v for n, v in changed if v is not None}
+    checkpoints(written)
     for directory, case in cases.items():
         case.damage(directory)
     before = set(tmp_path.rglob("*"))
@@ -324,19 +295,18 @@ def test_unsuitable_checkpoints_are_refused_and_leave_nothing(tmp_path: Path) ->
     for error, (directory, case) in zip(errors, cases.items(), strict=True):
         if case.error:
             assert error and case.error in error and "\n" not in error, (case.error, error)
-            assert set(directory.rglob("*")) - before <= {directory / "hf"}
+            assert set(directory.rglob("*")) <= before
         else:
             assert error is None
             assert (directory / "hf" / "generator" / "model.safetensors").is_file()
 
 
 def test_models_that_are_not_one_electra_are_refused(
-    good: tuple[Path, dict[str, Any]], tmp_path: Path
+    converted: dict[str, Any], tmp_path: Path
 ) -> None:
-    to_transformers(good[0], tmp_path / "hf")
-    discriminator, generator = (tmp_path / "hf" / network for network in NETWORKS)
-    to_transformers(good[0], tmp_path / "heads", heads={"generator": 4})
-    other_heads = tmp_path / "heads" / "generator"
+    directory = Path(next(iter(converted)))
+    discriminator, generator = (directory / "hf" / network for network in NETWORKS)
+    other_heads = directory.with_name("heads") / "generator"
     for pair, message in (
         ((discriminator, other_heads), "upstream has no generator of 64 units, 4 heads"),
         ((generator, discriminator), "missing in or foreign to a discriminator"),
@@ -344,7 +314,7 @@ def test_models_that_are_not_one_electra_are_refused(
     ):
         with pytest.raises(UsageError, match=message):
             convert.to_tensorflow(*pair, tmp_path / "back")
-    assert not list(tmp_path.glob("back*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_arguments_of_convert_are_one_line(cli: Any, tmp_path: Path) -> None:
@@ -352,15 +322,3 @@ def test_wrong_arguments_of_convert_are_one_line(cli: Any, tmp_path: Path) -> No
     for arguments in (["nowhere"], ["empty"], ["a", "b"], ["a", "--to-tf"], ["a", "b", "--to-tf"]):
         done = cli("convert", *arguments, "--out", "hf")
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-
-
-def test_layer_with_an_enormous_number_takes_no_memory() -> None:
-    shapes = {name: np.shape(value) for name, value in variables(64, 64, 64).items()}
-    shapes["electra/encoder/layer_150000/output/dense/kernel"] = (64, 64)
-    tracemalloc.start()
-    try:
-        with pytest.raises(UsageError, match=r"lacks electra/encoder/layer_2/"):
-            weights.describe("discriminator", shapes)
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    finally:
-        tracemalloc.stop()

@@ -10,13 +10,13 @@ import sys
 import numpy as np
 
 sys.path.insert(0, sys.argv.pop(1))
-os.environ.setdefault("ELECTRA_WRAP_RUNTIME", '{"seed": 0}')
+os.environ.setdefault("ELECTRA_WRAP_RUNTIME", '{"seed": 0, "precision": "auto", "devices": []}')
 
 
 def features(recorded):
     """Return batches, masks and samples [steps, n, …] under upstream's names.
 
-    `recorded` is what native_steps.py or native_evaluation.py recorded.
+    `recorded` is what native_steps.py recorded.
     """
     ids, positions, weights = recorded["ids"], recorded["positions"], recorded["weights"]
     place = np.arange(ids.shape[2])

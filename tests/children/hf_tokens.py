@@ -1,12 +1,12 @@
-"""Tokenize texts with AutoTokenizer and ElectraTokenizerFast."""
+"""Tokenize with AutoTokenizer and ElectraTokenizerFast: DIRECTORY [TEXT]…, or JSON on stdin."""
 
 import json
 import sys
 
 from transformers import AutoTokenizer, ElectraTokenizerFast
 
-directory, *texts = sys.argv[1:]
-auto = AutoTokenizer.from_pretrained(directory)
-fast = ElectraTokenizerFast.from_pretrained(directory)
+texts = sys.argv[2:] or json.load(sys.stdin)
+auto = AutoTokenizer.from_pretrained(sys.argv[1])
+fast = ElectraTokenizerFast.from_pretrained(sys.argv[1])
 answer = {"auto": [auto.tokenize(t) for t in texts], "fast": [fast.tokenize(t) for t in texts]}
 print(json.dumps({**answer, "max_length": auto.model_max_length}))

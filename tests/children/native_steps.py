@@ -1,8 +1,8 @@
-"""Train a run with the native engine without dropout, and record its steps: RUN_DIR OUT [SAMPLES].
+"""Record what the native engine does without dropout: RUN_DIR OUT [SAMPLES | STEP].
 
-OUT gets end/, the last weights and slots in the exchange format; gradients.npz of the first step;
-and steps.npz, the batches, masks, samples and losses of every step. With SAMPLES, an .npy file,
-these replace the generator's samples.
+It trains the run, or evaluates the checkpoint of STEP. OUT gets steps.npz, the batches, masks,
+samples and losses of each step, and gradients.npz of the first. SAMPLES, an .npy file, replace the
+generator's samples.
 """
 
 import sys
@@ -13,60 +13,51 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from electra_wrap.native import exchange, model, train
-from electra_wrap.profile import NETWORKS
+from electra_wrap.native import evaluate, model, train
 
 directory, out = map(Path, sys.argv[1:3])
-samples = iter(np.load(sys.argv[3])) if sys.argv[3:] else None
+option = "".join(sys.argv[3:])
+samples = iter(np.load(option)) if option.endswith(".npy") else None
 recorded: dict[str, list[np.ndarray]] = {}
-trained = []
+networks = []
 
 
-def record(**arrays):
-    for name, value in arrays.items():
-        recorded.setdefault(name, []).append(np.asarray(value))
+def record(values):
+    for name, value in values.items():
+        recorded.setdefault(name, []).append(value.detach().numpy())
 
 
-optimizer, masked_lm, forward = model.optimizer, model.masked_lm, model.Electra.forward
-clip = Accelerator.clip_grad_norm_
-
-
-def recording_optimizer(network, *arguments):
-    adam = optimizer(network, *arguments)
-    trained.append((network, adam))
-    return adam
+masked_lm, forward, clip = model.masked_lm, model.Electra.forward, Accelerator.clip_grad_norm_
 
 
 def recording_masked_lm(*arguments):
     loss, sampled, *rest = masked_lm(*arguments)
     if samples is not None:
         sampled = torch.from_numpy(next(samples))
-    record(sampled=sampled)
+    record({"sampled": sampled})
     return loss, sampled, *rest
 
 
 def recording_forward(self, batch):
-    record(**batch)
+    networks.append(self)
     outputs = forward(self, batch)
-    record(**{f"{name}_loss": outputs[name].detach() for name in ("loss", *NETWORKS)})
+    record(batch | {tag: outputs[name] for name, tag in evaluate.LOSSES.items()})
     return outputs
 
 
 def recording_clip(self, *arguments):
-    path = out / "gradients.npz"
-    if not path.exists():
-        gradients = {
-            f"{name}.{key}": parameter.grad
-            for name in NETWORKS
-            for key, parameter in getattr(trained[0][0], name).named_parameters()
-        }
-        np.savez(path, **gradients)
+    if len(networks) == 1:
+        parameters = networks[0].named_parameters(remove_duplicate=False)
+        gradients = {name: parameter.grad for name, parameter in parameters}
+        np.savez(out / "gradients.npz", **gradients)
     return clip(self, *arguments)
 
 
-model.optimizer, model.masked_lm = recording_optimizer, recording_masked_lm
-model.Electra.forward, Accelerator.clip_grad_norm_ = recording_forward, recording_clip
-train.evaluate = lambda *arguments: None  # its batches and samples are not recorded
-assert train.train(directory)
-exchange.save(out / "end", *trained[0])
+model.masked_lm, model.Electra.forward = recording_masked_lm, recording_forward
+Accelerator.clip_grad_norm_ = recording_clip
+if option.isdecimal():
+    evaluate.evaluate_checkpoint(directory, int(option))
+else:
+    train.evaluate = lambda *arguments: None  # its batches and samples are not recorded
+    assert train.train(directory)
 np.savez(out / "steps.npz", **{name: np.stack(values) for name, values in recorded.items()})

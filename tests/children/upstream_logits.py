@@ -1,7 +1,7 @@
-"""Write logits of both networks, by upstream's own graph, from a checkpoint for given inputs.
+"""Write the logits of both networks, by upstream's own graph: CHECKOUT INPUTS.npz.
 
-Arguments: CHECKOUT DIRECTORY INPUTS.npz OUTPUTS.npz HPARAMS. Both networks get the inputs as they
-are, because every token is "masked" with itself, and its own sample.
+stdin has a JSON object of directories with a checkpoint and their hparams. Each gets logits.npz.
+Both networks get the inputs as they are: every token is "masked" with itself, and its own sample.
 """
 
 import json
@@ -15,9 +15,8 @@ import run_pretraining
 
 from electra_wrap.upstream import estimator
 
-directory, source, target, hparams = sys.argv[1:]
 tf = run_pretraining.tf
-ids, mask, segments = np.load(source).values()
+ids, mask, segments = np.load(sys.argv[1]).values()
 features = {
     "input_ids": ids,
     "input_mask": mask,
@@ -28,14 +27,16 @@ features = {
     "masked": ids,
     "sampled": ids,
 }
-batch = {name: tf.constant(value) for name, value in given.install(features).items()}
-config = configure_pretraining.PretrainingConfig("m", directory, **json.loads(hparams))
-model = run_pretraining.PretrainingModel(config, batch, is_training=False)
-# The discriminator's head returns probabilities. The logits are the input of their sigmoid.
-logits = {
-    "discriminator": estimator._watched["disc_probs"].op.inputs[0],
-    "generator": model.mlm_output.logits,
-}
-with tf.Session() as session:
-    tf.train.Saver().restore(session, f"{directory}/model.ckpt-3")
-    np.savez(target, **session.run(logits))
+arrays = given.install(features)
+for directory, hparams in json.load(sys.stdin).items():
+    with tf.Graph().as_default(), tf.Session() as session:
+        batch = {name: tf.constant(value) for name, value in arrays.items()}
+        config = configure_pretraining.PretrainingConfig("m", directory, **hparams)
+        model = run_pretraining.PretrainingModel(config, batch, is_training=False)
+        # The discriminator's head returns probabilities. The logits are the input of their sigmoid.
+        logits = {
+            "discriminator": estimator._watched["disc_probs"].op.inputs[0],
+            "generator": model.mlm_output.logits,
+        }
+        tf.train.Saver().restore(session, f"{directory}/model.ckpt-3")
+        np.savez(f"{directory}/logits.npz", **session.run(logits))

@@ -1,7 +1,7 @@
 """Repeat the steps of native_steps.py in upstream's graph, with its optimizer, from a checkpoint.
 
-Data, masks and samples are those of steps.npz; dropout is off. Writes losses.npz and gradients.npz
-into OUT, and a checkpoint of the last step into the model's directory.
+Data, masks and samples are those of steps.npz; dropout is off. OUT, an .npz file, gets the first
+gradients, and the model's directory a checkpoint of the last step.
 """
 
 import json
@@ -22,7 +22,7 @@ values = json.loads(Path(hparams).read_text()) | {"iterations_per_loop": 1}  # l
 config = configure_pretraining.PretrainingConfig(model_name, data_dir, **values)
 given.install(given.features(dict(np.load(steps))))
 modeling.dropout = lambda tensor, probability: tensor
-gradients, losses = [], []
+gradients = []
 clip, scalars = optimization.tf.clip_by_global_norm, estimator._scalars
 
 
@@ -39,14 +39,7 @@ def recording_scalars(values):
     return scalars(values)
 
 
-def record(step):
-    losses.append(
-        [step.scalars[f"loss/{name}"] for name in ("total", "generator", "discriminator")]
-    )
-
-
 optimization.tf.clip_by_global_norm = recording_clip
-estimator._scalars, estimator.events.emit = recording_scalars, record
+estimator._scalars = recording_scalars
 run_pretraining.train_or_eval(config)
-np.savez(Path(out) / "losses.npz", losses=np.array(losses))
-np.savez(Path(out) / "gradients.npz", **gradients[0])
+np.savez(out, **gradients[0])

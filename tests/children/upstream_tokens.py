@@ -1,6 +1,6 @@
-"""Tokenize with upstream's tokenizer.
+"""Tokenize with upstream's tokenizer: CHECKOUT VOCABULARY.
 
-Reads lines of JSON [do_lower_case, strip_accents, texts, words only]; prints the tokens of each.
+stdin has JSON [do_lower_case, strip_accents, texts, texts to split into words].
 """
 
 import json
@@ -13,11 +13,14 @@ from model import tokenization  # noqa: E402
 
 from electra_wrap.upstream import records  # noqa: E402
 
-for line in sys.stdin:
-    lower, strip, texts, words = json.loads(line)
-    tokenizer = tokenization.FullTokenizer(vocabulary, do_lower_case=lower, strip_accents=strip)
-    tokenize = tokenizer.basic_tokenizer.tokenize if words else tokenizer.tokenize
-    ids = records.TokenIds(tokenizer)  # what the patched script uses
-    for text in texts:
-        assert ids(text) == tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)), text
-    print(json.dumps([tokenize(text) for text in texts]), flush=True)
+lower, strip, texts, others = json.load(sys.stdin)
+tokenizer = tokenization.FullTokenizer(vocabulary, do_lower_case=lower, strip_accents=strip)
+tokens = [tokenizer.tokenize(text) for text in texts]
+words = [tokenizer.basic_tokenizer.tokenize(text) for text in others]
+ids = records.TokenIds(tokenizer)  # what the patched script uses
+for text, expected in [
+    *zip(texts, tokens, strict=True),
+    *((t, tokenizer.tokenize(t)) for t in others),
+]:
+    assert ids(text) == tokenizer.convert_tokens_to_ids(expected), text
+print(json.dumps({"tokens": tokens, "words": words}))
