@@ -42,6 +42,9 @@ def _parse(argv: list[str]) -> Arguments:
         command.set_defaults(function=function)
         for names, options in arguments:
             command.add_argument(*names, **options)
+    for text in argv:
+        if text.startswith("--") and text.endswith("=--"):
+            parser.error(f"{text} gives no value")  # argparse would take it for an empty list
     parsed: Arguments = parser.parse_args(argv[1:])
     return parsed
 

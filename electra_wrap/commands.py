@@ -38,12 +38,18 @@ def _argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, A
     return names, options
 
 
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 _PROFILE = _argument("--profile", default="spanish-tiny", help="name or TOML file (%(default)s)")
 _SET = _argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
 _RUN_DIR_OPTION = _argument("--run-dir", type=Path, metavar="DIR", help="default: runs/PROFILE")
 _RUN_DIR = _argument("run_dir", metavar="RUN_DIR", type=Path)
 _UPSTREAM = _argument("--upstream", metavar="SRC", help="URL, clone or bundle of upstream")
-_STEP = _argument("--step", type=int, metavar="N", help="default: the latest checkpoint")
+_STEP = _argument("--step", type=_positive, metavar="N", help="default: the latest checkpoint")
 
 
 @_command(
@@ -129,7 +135,7 @@ def vendor(arguments: Arguments) -> None:
     _argument("--vocab", type=Path, metavar="FILE", help="vocab.txt, for the tokenizer"),
     _argument("--lowercase", action="store_true", help="the model was trained on lowercased text"),
     _argument("--strip-accents", action="store_true", help="… and without accents"),
-    _argument("--heads", type=int, metavar="N", help="attention heads (default: hidden/64)"),
+    _argument("--heads", type=_positive, metavar="N", help="attention heads (default: hidden/64)"),
     _argument("--to-tf", action="store_true", help="from transformers to TensorFlow, at --step"),
 )
 def convert(arguments: Arguments) -> None:

@@ -32,6 +32,7 @@ class Scalars(contextlib.AbstractContextManager["Scalars"]):
     """A new event file in a directory. With `start`, it replaces events from that step on."""
 
     def __init__(self, directory: Path, start: int | None = None) -> None:
+        directory.mkdir(exist_ok=True)  # but not the run directory: if it is gone, so is its disk
         self._writer = EventFileWriter(str(directory), flush_secs=FLUSH)
         if start is not None:
             started = SessionLog(status=SessionLog.START)

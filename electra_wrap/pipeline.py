@@ -35,8 +35,9 @@ def execute(run: Run, until: str | None = None, *, dry_run: bool = False) -> int
     started = time.monotonic()
     with run.lock():
         initial_weights.resolve(run)
-        if _plan(run, number):
-            checkpoints.latest_intact(run.model_dir)  # a damaged one is not to be used
+        has_begun = bool(checkpoints.steps(run.model_dir))
+        if has_begun and _plan(run, number) and checkpoints.latest_intact(run.model_dir) is None:
+            initial_weights.resolve(run)  # the damaged ones are renamed: training starts again
         planned = _plan(run, number)
         if not planned:
             log("nothing to do: everything is up to date")
@@ -72,9 +73,10 @@ def _find_reason(run: Run, stage: Stage) -> str | None:
     record = run.manifest.stages.get(stage.record_name(run))
     if stage is TRAIN:
         return _find_reason_to_train(run, record)
+    inputs = _as_json(stage.inputs(run))  # an error if a source is missing
     if record is None:
         return "not done yet"
-    if change := _describe_change(record.inputs, _as_json(stage.inputs(run))):
+    if change := _describe_change(record.inputs, inputs):
         return change
     if not record.done:
         return "interrupted"

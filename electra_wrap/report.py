@@ -67,7 +67,7 @@ def write(run: Run) -> Path:
         last=evaluations[max(evaluations)] if evaluations else {},
         hours=monitor.total_hours(run),
         tokens_per_second=None if speeds is None else float(np.median(speeds[:, 1])),
-        sentences=run.results("convert").get("sentences", []),
+        sentences=_sentences(run),
         figures=_draw_figures(curves),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
@@ -75,6 +75,14 @@ def write(run: Run) -> Path:
     )
     write_text(out, page)
     return out
+
+
+def _sentences(run: Run) -> list[dict[str, Any]]:
+    """Return held-out sentences with the models' output; empty if hf/ is another model's."""
+    record = run.manifest.stages.get("convert")
+    if record is None or record.inputs["model_name"] != run.profile.model_name:
+        return []
+    return list(record.results.get("sentences", []))
 
 
 def _read_curves(run: Run) -> Curves:

@@ -162,6 +162,6 @@ def _read_manifest(directory: Path) -> Manifest:
         return Manifest.model_validate(values)
     except (FileNotFoundError, NotADirectoryError):
         return Manifest()
-    except ValueError:
+    except (ValueError, RecursionError):
         message = f"{path} is damaged; restore it from a backup, or choose another --run-dir"
         raise UsageError(message) from None

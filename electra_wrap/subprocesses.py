@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,13 @@ def pool(
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     context = multiprocessing.get_context("spawn")
     start = (child_environment(env), log)
+    resource_tracker.ensure_running()  # it would unblock signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)  # as in the new processes
     executor = ProcessPoolExecutor(workers, context, initializer=_start, initargs=start)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process inherits
     for _ in range(workers):
         executor.submit(os.getpid)  # starts a process
-    signal.signal(signal.SIGINT, before)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a signal that has come arrives now
         yield executor
     except BaseException as error:
         for process in multiprocessing.active_children():
@@ -123,6 +125,8 @@ def pool(
 def _start(env: dict[str, str], log: Path | None) -> None:
     """Prepare a process of a pool: its environment and its output."""
     die_with_parent()
+    if not (parent := multiprocessing.parent_process()) or not parent.is_alive():
+        os._exit(1)  # it ended before the kernel knew
     os.environ.update(env)
     output = os.open(log or os.devnull, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
     for descriptor in (1, 2):

@@ -113,11 +113,11 @@ def _check_out(work: Path, pin: dict[str, str], source: str) -> None:
 def _verify(directory: Path, tree: str) -> None:
     """Raise EnvironmentProblem unless the files of a checkout are those of a git tree."""
     try:
-        changed = _git(directory, "diff", "--name-only", "--no-ext-diff", tree)
-        changed += _git(directory, "ls-files", "--others")
+        changed = _git(directory, "diff", "--name-only", "--no-ext-diff", tree).splitlines()
+        changed += _git(directory, "ls-files", "--others").splitlines()
     except _GitFailed as error:
-        changed = str(error)
+        changed = [str(error)]
     if changed:
-        names = ", ".join(changed.splitlines()[:3])
+        names = ", ".join(changed[:3])
         message = f"{directory} was changed: {names}; move it away and run again"
         raise EnvironmentProblem(message)
