@@ -49,10 +49,9 @@ def train(
 ) -> tuple[np.ndarray, float]:
     """Return the mean losses of the windows and the median seconds of a step."""
     steps, source = arguments.steps, json.dumps(str(arguments.corpus.resolve()))
-    settings = f"""corpus.source={source} engine={engine} train.seed={seed} train.device=cpu
-        train.steps={steps} train.warmup_steps={steps // 10} train.save_every={steps}
-        train.log_every=1"""
-    overrides = [*settings.split(), *arguments.set]
+    settings = f"""engine={engine} train.seed={seed} train.device=cpu train.log_every=1
+        train.steps={steps} train.warmup_steps={steps // 10} train.save_every={steps}"""
+    overrides = [f"corpus.source={source}", *settings.split(), *arguments.set]
     run = Run(profiles.load(arguments.profile, overrides), directory)
     execute(run, until="examples")
     run.make_model_dir()

@@ -75,7 +75,7 @@ def measure(directory: Path, sample: str, size: int, shards: int) -> None:
         (out := directory / name).mkdir()
         argv = [sys.executable, "-s", str(scripts / "build_pretraining_dataset.py")]
         argv += [f"--corpus-dir={text}", f"--vocab-file={vocabulary}", f"--output-dir={out}"]
-        argv += [f"--num-processes={shards}", f"--num-out-files={size // shards * shards}"]
+        argv += [f"--num-processes={shards}", f"--num-out-files={max(1, size // shards) * shards}"]
         argv += ["--max-seq-length=128", "--seed=0", "--no-lower-case", "--no-strip-accents"]
         argv.append("--blanks-separate-docs=True")
         env, start, quiet = (

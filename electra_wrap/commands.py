@@ -68,7 +68,10 @@ def run(arguments: Arguments) -> None:
 
     loaded = _load_run(arguments)
     signals.raise_interrupts()
-    if not execute(loaded, arguments.until, dry_run=arguments.dry_run) or arguments.until:
+    done = execute(loaded, arguments.until, dry_run=arguments.dry_run)
+    if arguments.until or arguments.dry_run:
+        return
+    if not done and (loaded.directory / "report.html").exists():
         return
     try:
         report(Arguments(run_dir=loaded.directory))

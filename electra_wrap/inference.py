@@ -88,6 +88,12 @@ def replace(model: str, texts: list[str], seed: int) -> list[dict[str, Any]]:
     return results
 
 
+def load(directory: str) -> None:
+    """Load both models under `directory`. UsageError if one has other weights than its config."""
+    _load_model("ElectraForPreTraining", f"{directory}/discriminator")
+    _load_model("ElectraForMaskedLM", f"{directory}/generator")
+
+
 def check(directory: str, texts: list[str], sentences: list[str], seed: int) -> dict[str, Any]:
     """Load both models under `directory`; return what `detect` and `replace` return for `texts`.
 
@@ -177,7 +183,11 @@ def _load_model(model_class: str, directory: str) -> Any:
     # Of other keys, some have transformers fetch and run code.
     config = transformers.ElectraConfig(**read_hf_config(Path(directory)))
     model, report = getattr(transformers, model_class).from_pretrained(
-        directory, config=config, use_safetensors=True, output_loading_info=True
+        directory,
+        config=config,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported
+        output_loading_info=True,
     )
     if problems := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise UsageError(f"{directory} does not fit {model_class}: {problems}; convert it again")

@@ -130,6 +130,8 @@ class Model(_Section):
     mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.init_from and set(OF_WEIGHTS["model"]) - self.model_fields_set:
+            return  # the sizes are not known yet
         if self.max_seq_length > self.max_position_embeddings:
             positions = f"model.max_position_embeddings = {self.max_position_embeddings}"
             yield "max_seq_length", f"it is larger than {positions}; change one of them"

@@ -86,7 +86,7 @@ def test_urls_are_rewritten_and_nothing_else_of_the_user_has_an_effect(
         monkeypatch.setenv(name, str(tmp_path / "other"))
     directory = checkout.ensure(url)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "other").exists()
-    assert b"\r" not in (directory / "run.sh").read_bytes()
+    assert b"\r" not in (directory / "run_pretraining.py").read_bytes()
     (directory / "model" / "m.pyc").touch()
     with pytest.raises(EnvironmentProblem, match=r"was changed: model/m\.pyc;"):
         checkout.ensure()

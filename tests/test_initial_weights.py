@@ -217,7 +217,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: damage(d, lambda t: t[LAYER].fill(np.nan)), f"{LAYER} has values .* not finite",
     ),
     "another shape": (
-        lambda d: damage(d, lambda t: t.update({LAYER: t[LAYER].T.copy()})), "dense.* shape",
+        lambda d: damage(d, lambda t: t.update({LAYER: t[LAYER].T.copy()})), "does not fit .*dense",
     ),
     "other embeddings": (
         lambda d: damage(d, lambda t: t[EMBEDDINGS].fill(1)), "has other embeddings than",

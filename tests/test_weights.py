@@ -271,7 +271,7 @@ BROKEN = [
     Case("not a complete checkpoint", damage=lambda d: (d / INDEX).write_text("text")),
     Case("there is no checkpoint", damage=lambda d: (d / INDEX).unlink()),
     Case("vocab_size is 90, but 6 is expected", options={"vocabulary": "../other.txt"}),
-    Case("not divisible by 3 heads", options={"heads": 3}),
+    Case("3 heads do not divide the discriminator's 128", options={"heads": 3}),
     Case("has an effect with --lowercase only", options={"strip_accents": True}),
     Case("exists; choose another --out", damage=lambda d: (d / "hf/generator").mkdir(parents=True)),
     Case("exists; choose another --out", damage=lambda d: (d / "hf").touch()),

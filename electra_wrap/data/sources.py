@@ -2,9 +2,7 @@
 
 import hashlib
 import io
-import lzma
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import fsspec
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from electra_wrap.errors import EnvironmentProblem, UsageError
+from electra_wrap.errors import ElectraWrapError, EnvironmentProblem, UsageError
 from electra_wrap.progress import log
 
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
@@ -85,9 +83,9 @@ class Stream:
         """Yield the lines, with their ends."""
         try:
             yield from self._text
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            if getattr(error, "errno", None):
-                raise  # the disk's error, not the content's
+        except Exception as error:  # each compression has errors of its own
+            if isinstance(error, ElectraWrapError) or getattr(error, "errno", None):
+                raise  # a transfer's error or the disk's, not the content's
             raise UsageError(f"{self.name}: cannot be read as text: {error}; replace it") from None
         if self._sha256:
             while self._stored.read(2**20):
@@ -112,9 +110,9 @@ def _retry(function: Any, name: str, pauses: tuple[int, ...]) -> Any:
             if isinstance(error, FileNotFoundError) and status in (404, 410):
                 raise UsageError(f"{name}: no such file; correct corpus.source") from None
             if pause is None:
-                problem = f"{name} cannot be read ({error!r})"
+                problem = f"{name} cannot be read ({error.__cause__ or error!r})"
                 raise EnvironmentProblem(f"{problem}; run again later") from None
-            log(f"{name}: {error!r}; trying again in {pause} s")
+            log(f"{name}: {error.__cause__ or error!r}; trying again in {pause} s")
             time.sleep(pause)
 
 

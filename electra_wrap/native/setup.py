@@ -61,7 +61,7 @@ def load(path: Path, targets: Mapping[str, Tensor]) -> None:
         values = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read ({error}); move its directory away") from None
-    if values.keys() != targets.keys():
+    if {n: t.shape for n, t in values.items()} != {n: t.shape for n, t in targets.items()}:
         raise UsageError(f"{path} has other tensors than this model; move its directory away")
     for name, target in targets.items():
         target.copy_(values[name])
