@@ -54,7 +54,9 @@ class Interrupted(ElectraWrapError):
 def convert(error: Exception) -> ElectraWrapError:
     """Return an exception of any library as one of ours, with a message of one line."""
     if isinstance(error, ElectraWrapError):
-        return error
+        # PyTorch puts the traceback of a data loader's worker before the message.
+        *before, message = str(error).strip().splitlines()
+        return type(error)(message.partition(": ")[2]) if before else error
     if isinstance(error, OSError) and error.strerror:
         file = f" ({error.filename})" if error.filename else ""
         return EnvironmentProblem(f"{error.strerror}{file}; fix that and run again")

@@ -160,7 +160,8 @@ def _batches(
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave signals to the trainer, which still needs batches from this worker."""
+    """Leave signals to the trainer, which still needs batches from this worker, and end with it."""
+    subprocesses.die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
