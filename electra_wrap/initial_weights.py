@@ -60,10 +60,7 @@ def resolve(run: Run, *, dry_run: bool = False) -> None:
         identity = " ".join(digest[:12] for digest in digests)
         run.model.initial = {"given": given, "values": values, "identity": identity}
     own, values = run.profile.explicit(), run.model.initial["values"]
-    for key in values.keys() & own.keys():
-        if not _is_close(own[key], values[key]):
-            message = f"{key} = {own[key]!r}, but the weights in model.init_from have"
-            raise UsageError(f"{message} {values[key]!r}; remove the key")
+    _refuse_contradiction(own, values)
     try:
         run.profile = run.profile.with_values({**values, **own})
     except ValidationError as error:
@@ -100,15 +97,23 @@ def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[st
         raise UsageError(f"model.init_from = {init_from!r} is not there; give {kinds}")
     configs = _copy(models, out)
     files.remove(exported)
-    subprocesses.call("electra_wrap.inference", "load", {"directory": str(out)})
     found = _keys(configs["discriminator"], configs["generator"])
     found |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
     chosen = profile.tokenizer.source or tokenizer.get("source", "")
     size = configs["discriminator"]["vocab_size"]
     _refuse_other_vocabulary(chosen, tokenizer.get("source"), size)
     found["tokenizer.source"] = chosen
+    _refuse_contradiction(own, found)
+    subprocesses.call("electra_wrap.inference", "load", {"directory": str(out)})
     pinned = init_from if isinstance(init_from, str) else init_from.model_dump()
     return {**found, "model.init_from": pinned}
+
+
+def _refuse_contradiction(own: dict[str, Any], found: dict[str, Any]) -> None:
+    for key in found.keys() & own.keys():
+        if not _is_close(own[key], found[key]):
+            message = f"{key} = {own[key]!r}, but the weights in model.init_from have"
+            raise UsageError(f"{message} {found[key]!r}; remove the key")
 
 
 def _find_model(source: str) -> Path:

@@ -299,11 +299,12 @@ def wait_until(is_true: Callable[[], object], command: subprocess.Popen[str]) ->
 
 
 def test_killed_start_from_weights_is_repeated(
-    learned: Run, corpus_text: Path, tmp_path: Path
+    finished: Run, corpus_text: Path, tmp_path: Path
 ) -> None:
-    """They are those of the other engine, and are evaluated first."""
-    keys = [f"model.init_from={learned.directory}", f"tokenizer.source={learned.vocabulary}"]
-    run = Run(tiny(corpus_text, *keys, steps=2), tmp_path / "run")
+    """The weights are evaluated first."""
+    keys = {"tokenizer.source": finished.vocabulary, "model.init_from": finished.directory}
+    overrides = [f"{key}={json.dumps(str(path))}" for key, path in keys.items()]
+    run = Run(tiny(corpus_text, *overrides, steps=2), tmp_path / "run")
     command = start_run(run)
     wait_until(lambda: checkpoints.steps(run.model_dir), command)  # now they are evaluated
     command.kill()
