@@ -163,5 +163,7 @@ def test_tensorflow_with_cuda_trains_as_ours_does(
         monkeypatch.setattr(environment, "python", lambda interpreter=interpreter: interpreter)
         run = Run(tiny(corpus_text), tmp_path / str(len(losses)))
         execute(run, until="train")
-        losses.append(re.findall(r'"loss/total": [\d.]+', run.log_file("train").read_text("utf-8")))
+        output = run.log_file("train").read_text("utf-8")
+        assert f"$ {interpreter} " in output
+        losses.append(re.findall(r'"loss/total": [\d.]+', output))
     assert len(losses[0]) == 4 and losses[0] == losses[1]

@@ -593,12 +593,14 @@ def test_launch_finds_a_program_beside_python(
     assert checkpoints.steps(run.model_dir) == [1, 2]
 
 
-def test_checkpoints_are_readable_as_the_umask_allows(twelve: Trained) -> None:
+def test_model_files_are_readable_as_the_umask_allows(learned: Run) -> None:
     """Some libraries write files that only their owner can read."""
     mask = os.umask(0o022)
     os.umask(mask)
-    modes = [oct(path.stat().st_mode & 0o777) for path in twelve[0].model_dir.glob("step-12/*")]
-    assert modes == [oct(0o666 & ~mask)] * 3
+    written = [*learned.model_dir.glob("step-6/*"), *learned.exported.rglob("*")]
+    assert sum(file.name == "model.safetensors" for file in written) == 3
+    for file in filter(Path.is_file, written):
+        assert oct(file.stat().st_mode & 0o777) == oct(0o666 & ~mask), file
 
 
 @pytest.mark.slow
