@@ -178,10 +178,10 @@ def _load_model(model_class: str, directory: str) -> Any:
     """Load a model. UsageError unless its file and its class have the same parameters."""
     import transformers
 
-    if not Path(directory, "model.safetensors").is_file():  # transformers reads other formats, too
-        raise UsageError(f"{directory} has no model.safetensors; convert it again")
     # Of other keys, some have transformers fetch and run code.
     config = transformers.ElectraConfig(**read_hf_config(Path(directory)))
+    if not Path(directory, "model.safetensors").is_file():  # transformers reads other formats, too
+        raise UsageError(f"{directory} has no model.safetensors; convert it again")
     model, report = getattr(transformers, model_class).from_pretrained(
         directory,
         config=config,

@@ -48,12 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def upstream() -> Path:
     """The verified, patched checkout of upstream.
 
-    Tests that use it skip where git cannot reach upstream, and fail under `tox -e upstream`.
+    Tests that use it skip where git cannot fetch it. They fail if it was changed, and under
+    `tox -e upstream`.
     """
     try:
         return checkout.ensure()
     except EnvironmentProblem as error:
-        if os.environ.get("ELECTRA_WRAP_REQUIRE_UPSTREAM"):
+        if os.environ.get("ELECTRA_WRAP_REQUIRE_UPSTREAM") or checkout.directory().exists():
             pytest.fail(str(error))
         pytest.skip(str(error))
 
@@ -81,7 +82,8 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str) -> str:
     """Run a script of tests/children, which may import tensorflow or torch; return its stdout."""
-    env = subprocesses.child_environment(variables)
+    # Compiled files beside upstream's scripts would be changes of the checkout.
+    env = subprocesses.child_environment({"PYTHONDONTWRITEBYTECODE": "1", **variables})
     done = python(TESTS / "children" / script, *arguments, env=env, stdin=stdin)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -606,13 +606,16 @@ def test_model_files_are_readable_as_the_umask_allows(learned: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_model_has_the_same_loss(twelve: Trained, tmp_path: Path) -> None:
-    """In one graph, as CUDA graphs need it, and in two processes."""
-    found = []
-    for launcher, setting in (([sys.executable], False), (TORCHRUN, True)):
-        run = copy(twelve[0], tmp_path / str(setting), steps=3, compile=setting)
+    """In one graph, as CUDA graphs need it; in two processes, and nearly so in bfloat16."""
+    one, found = [sys.executable], []
+    for launcher, *settings in ((one, False), (TORCHRUN, True), (one, True, "bfloat16")):
+        train = dict(zip(("compile", "precision"), settings, strict=False))
+        run = copy(twelve[0], tmp_path / str(len(found)), steps=3, **train)
         found.append(finish(run, *launcher, NO_DROPOUT, str(run.directory)))
     for step, scalars in found[0].items():
         assert found[1][step] == pytest.approx(scalars, rel=1e-5)
+        loss, rounded = scalars["loss/total"], found[2][step]["loss/total"]
+        assert rounded == pytest.approx(loss, rel=0.01) and rounded != loss
 
 
 def batches_of(store: Path, batch_size: int, **options: int) -> Batches:
