@@ -53,3 +53,23 @@ def require(model_dir: Path, step: int | None) -> int:
     if found is None:
         raise UsageError(f"{model_dir} has no intact checkpoint; `run` trains the model")
     return found
+
+
+def find_prefix(checkpoint: str, step: int | None = None) -> str:
+    """Return the prefix of a TensorFlow checkpoint, e.g. DIRECTORY/model.ckpt-100.
+
+    `checkpoint` is a prefix, its .index file, or a directory, of which the checkpoint of `step` or
+    that of the highest step is chosen. UsageError if there is none.
+    """
+    prefix: Path | None = Path(checkpoint.removesuffix(".index"))
+    if Path(checkpoint).is_dir():
+        by_step = {}
+        for index in sorted(Path(checkpoint).glob("*.index")):
+            number = re.search(r"-(\d+)$", index.stem)
+            by_step[int(number[1]) if number else 0] = index.with_suffix("")
+        prefix = by_step.get(max(by_step, default=0) if step is None else step)
+    if prefix is None or not Path(f"{prefix}.index").is_file():
+        of_step = "" if step is None else f" of step {step}"
+        problem = f"{checkpoint}: there is no checkpoint{of_step}"
+        raise UsageError(f"{problem}; give a directory, or a prefix like model.ckpt-1000")
+    return str(prefix)

@@ -12,7 +12,6 @@ from electra_wrap.data import corpus, vocab
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
 from electra_wrap.run import Run
-from electra_wrap.weights import find_prefix
 
 #: A plain sentence, and one with words that do not fit.
 TEXTS = ("Los pájaros están hablando", "Los pájaros están cantando en la piedra del mañana")
@@ -79,7 +78,7 @@ def from_tensorflow(
     """
     if strip_accents and not lowercase:
         raise UsageError("--strip-accents has an effect with --lowercase only; give both")
-    prefix = find_prefix(str(checkpoint.absolute()), step)
+    prefix = checkpoints.find_prefix(str(checkpoint.absolute()), step)
     tokens = vocab.read(vocabulary) if vocabulary else []
     with _new_directory(out) as work:
         job = {"checkpoint": prefix, "out": str(work), "heads": {"discriminator": heads}}

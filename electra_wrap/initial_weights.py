@@ -89,8 +89,9 @@ def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[st
         engine_of(source).export(source, checkpoints.require(source.model_dir, None), exported)
         tokenizer = {"source": str(source.vocabulary), **source.profile.tokenizer.normalization}
     elif path.exists() or Path(f"{path}.index").exists():
+        prefix = checkpoints.find_prefix(str(path))
         heads = {"discriminator": own.get("model.num_attention_heads")}
-        job = {"checkpoint": weights.find_prefix(str(path)), "out": str(exported), "heads": heads}
+        job = {"checkpoint": prefix, "out": str(exported), "heads": heads}
         subprocesses.call("electra_wrap.weights", "to_transformers", job)
     else:
         kinds = "a run, its hf/, a TensorFlow checkpoint or two models of transformers"

@@ -82,7 +82,8 @@ def _sentences(run: Run) -> list[dict[str, Any]]:
     record = run.manifest.stages.get("convert")
     if record is None or record.inputs["model_name"] != run.profile.model_name:
         return []
-    return list(record.results.get("sentences", []))
+    sentences: list[dict[str, Any]] = run.results("convert").get("sentences", [])
+    return sentences
 
 
 def _read_curves(run: Run) -> Curves:

@@ -31,7 +31,7 @@ class Record(BaseModel):
     started: str
     done: bool = False
     seconds: float = 0.0
-    results: dict[str, Any] = {}
+    results: dict[str, int | float | list[dict[str, Any]] | None] = {}
 
 
 class ModelRecord(BaseModel):

@@ -276,6 +276,11 @@ def test_run_directory_in_use_is_refused(make_run: MakeRun) -> None:
         ("[]", "is damaged; restore it"),
         ('{"format": 3, "stages": {"corpus": {}}}', "is damaged; restore it"),
         ('{"format": 3, "models": {"m": {"evaluations": {"x": {}}}}}', "is damaged; restore it"),
+        (
+            '{"format": 3, "stages": {"vocab": {"inputs": {}, "started": "", "results": '
+            '{"vocab_size": "many"}}}}',
+            "is damaged; restore it",
+        ),
         ('{"format": 2, "stages": {}, "digests": {}}', "made by another version of electra_wrap"),
         ('{"stages": {"corpus": {"outcome": "done"}}}', "made by another version of electra_wrap"),
     ],

@@ -15,6 +15,7 @@ import pytest
 from conftest import child
 
 from electra_wrap import convert, subprocesses, weights
+from electra_wrap.checkpoints import find_prefix
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS, Shape
@@ -100,7 +101,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("converted")
     values = {str(path / name): variables(**sizes) for name, sizes in SIZES.items()}
     checkpoints({Path(directory): arrays for directory, arrays in values.items()})
-    jobs = [{"checkpoint": weights.find_prefix(name), "out": f"{name}/hf"} for name in values]
+    jobs = [{"checkpoint": find_prefix(name), "out": f"{name}/hf"} for name in values]
     jobs.append({**jobs[0], "out": f"{path}/heads", "heads": {"generator": 4}})
     list(subprocesses.call_each("electra_wrap.weights", "to_transformers", jobs))
     return values
@@ -225,23 +226,23 @@ def test_convert_writes_models_and_a_tokenizer_and_back(
     networks = [f"h[2]/hf/{network}" for network in NETWORKS]
     back = cli("convert", "--to-tf", *networks, "--out", "back[3]", "--step", "7")
     assert back.returncode == 0, back.stderr
-    assert weights.find_prefix(f"{tmp_path}/back[3]") == f"{tmp_path}/back[3]/model.ckpt-7"
+    assert find_prefix(f"{tmp_path}/back[3]") == f"{tmp_path}/back[3]/model.ckpt-7"
 
 
 def test_find_prefix(tmp_path: Path) -> None:
     (released := tmp_path / "released").mkdir()
     (released / "electra_small.index").touch()
     prefix = f"{released}/electra_small"
-    assert weights.find_prefix(str(released)) == weights.find_prefix(prefix) == prefix
+    assert find_prefix(str(released)) == find_prefix(prefix) == prefix
     for step in (90, 100):
         (tmp_path / f"model.ckpt-{step}.index").touch()
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/elsewhere/model.ckpt-90"\n')
-    assert weights.find_prefix(str(tmp_path), 90) == f"{tmp_path}/model.ckpt-90"
+    assert find_prefix(str(tmp_path), 90) == f"{tmp_path}/model.ckpt-90"
     latest = f"{tmp_path}/model.ckpt-100"
-    assert weights.find_prefix(str(tmp_path)) == weights.find_prefix(f"{latest}.index") == latest
+    assert find_prefix(str(tmp_path)) == find_prefix(f"{latest}.index") == latest
     for path, step, of_step in ((tmp_path, 7, " of step 7"), (tmp_path / "nowhere", None, "")):
         with pytest.raises(UsageError, match=f"{path}: there is no checkpoint{of_step}; give"):
-            weights.find_prefix(str(path), step)
+            find_prefix(str(path), step)
 
 
 class Case(NamedTuple):
