@@ -26,7 +26,7 @@ from electra_wrap.data import sources, tfrecords, vocab
 from electra_wrap.upstream import checkout
 
 #: A checkout with additional files is refused.
-ENV = {"CUDA_VISIBLE_DEVICES": "-1", "PYTHONDONTWRITEBYTECODE": "1"}
+ENV = {"CUDA_VISIBLE_DEVICES": "-1"}
 
 WORD = r"[^\W\d_]+"
 ENDINGS = ["ra", "re", "mi", "to", "la", "ción", "do", "mente", "es", "ba", "lle", "ño"]

@@ -82,8 +82,7 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def child(script: str, *arguments: str | Path, stdin: str = "", **variables: str) -> str:
     """Run a script of tests/children, which may import tensorflow or torch; return its stdout."""
-    # Compiled files beside upstream's scripts would be changes of the checkout.
-    env = subprocesses.child_environment({"PYTHONDONTWRITEBYTECODE": "1", **variables})
+    env = subprocesses.child_environment(variables)
     done = python(TESTS / "children" / script, *arguments, env=env, stdin=stdin)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

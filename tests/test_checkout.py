@@ -120,6 +120,12 @@ def test_changed_checkout_is_refused(fake_upstream: Path, changed: str) -> None:
         checkout.ensure()
 
 
+def test_scripts_that_were_run_by_hand_are_no_change(fake_upstream: Path) -> None:
+    (compiled := checkout.ensure() / "model" / "__pycache__").mkdir()
+    (compiled / "__init__.cpython-311.pyc").touch()
+    checkout.ensure()
+
+
 def test_other_patches_or_commits_are_refused(fake_upstream: Path) -> None:
     change = "diff --git a/run.sh b/run.sh\n--- a/run.sh\n+++ b/run.sh\n@@ -0,0 +1 @@\n+#\n"
     (paths.PATCHES / "0002-more.patch").write_text(change, encoding="utf-8")

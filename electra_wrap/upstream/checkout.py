@@ -114,7 +114,9 @@ def _verify(directory: Path, tree: str) -> None:
     """Raise EnvironmentProblem unless the files of a checkout are those of a git tree."""
     try:
         changed = _git(directory, "diff", "--name-only", "--no-ext-diff", tree).splitlines()
-        changed += _git(directory, "ls-files", "--others").splitlines()
+        # Python checks what it compiled against the scripts.
+        others = _git(directory, "ls-files", "--others", "--exclude=__pycache__/")
+        changed += others.splitlines()
     except _GitFailed as error:
         changed = [str(error)]
     if changed:

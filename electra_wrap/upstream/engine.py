@@ -164,8 +164,7 @@ def _run_script(
     link.parent.mkdir(exist_ok=True)
     files.remove(link)
     link.symlink_to(paths.PACKAGE)
-    # A checkout with additional files is refused.
-    env = {**env, "PYTHONPATH": str(link.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**env, "PYTHONPATH": str(link.parent)}
     argv = [environment.python(), str(source / name), *arguments]
     subprocesses.follow(argv, cwd=run.directory, env=env, log=log, on_event=on_event)
 
