@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ from electra_wrap.run import Run
 from electra_wrap.upstream import checkout
 
 TESTS = Path(__file__).parent
+
+#: A shell starts background jobs with SIGINT ignored, which the commands of tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("no-deadline", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("no-deadline")

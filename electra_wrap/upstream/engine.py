@@ -82,12 +82,11 @@ def train(run: Run, devices: Sequence[str], on_event: OnEvent) -> None:
         if every < last and every * settings.batch_size < examples["examples"]:
             reason = "training reads its first records again after each evaluation"
             warn(f"train: {reason}, and never the last; raise train.evaluate_every")
-    steps = checkpoints.steps(run.model_dir)
-    if not steps and run.initial.is_dir():
+    start = max(checkpoints.steps(run.model_dir), default=0)
+    if not start and run.initial.is_dir():
         _import_initial(run)
         if examples["held_out_examples"]:
             evaluate(run, 0, devices, on_event)  # the weights that the training starts from
-    start = max(steps, default=0)
     for step in (*range(start + every - start % every, last, every), last):
         _train_until(run, step, devices, on_event)
         if step < last:
