@@ -9,7 +9,7 @@ from electra_wrap import __version__, hub
 from electra_wrap.architecture import NETWORKS, Network
 from electra_wrap.data import corpus, sources
 from electra_wrap.metrics import UPSTREAM
-from electra_wrap.profile import TwoModels, toml
+from electra_wrap.profile import toml
 from electra_wrap.run import Run
 from electra_wrap.templates import render
 
@@ -41,7 +41,7 @@ def model_card(run: Run, network: Network, step: int) -> str:
         run=run,
         network=network,
         step=step,
-        base_model=_base_model(run, network),
+        initial_model=_name(_source(run, network)),
         public=public,
         count_meanings=corpus.COUNTS,
         metrics=metrics,
@@ -51,14 +51,17 @@ def model_card(run: Run, network: Network, step: int) -> str:
     )
 
 
-def _base_model(run: Run, network: Network) -> str | None:
-    """Return the name of the model that the training started from; None from random weights."""
-    source = run.profile.model.init_from
-    if isinstance(source, TwoModels):
-        source = str(getattr(source, network))
-    if source and source.startswith(hub.SCHEME):
+def _source(run: Run, network: Network) -> str:
+    """Return where the weights come from that the training started with; "" if random ones."""
+    source = run.profile.model.init_from or ""
+    return source if isinstance(source, str) else str(getattr(source, network))
+
+
+def _name(source: str) -> str:
+    """Return the name of a model on a hub, or of a directory."""
+    if source.startswith(hub.SCHEME):
         return source.removeprefix(hub.SCHEME).partition("@")[0]
-    return Path(source).name if source else None
+    return Path(source).name
 
 
 def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
@@ -80,6 +83,7 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
                 metric_value=round(value, 6),
             )
             results.append(result)
+    source = _source(run, network)
     datasets = [found[1] for name in run.profile.corpus.sources if (found := _DATASET.match(name))]
     data = ModelCardData(
         language=run.profile.language.partition("-")[0],  # a hub knows no regions
@@ -87,7 +91,8 @@ def _metadata(run: Run, network: Network, metrics: dict[str, float]) -> str:
         # A discriminator has no task on a hub before it is fine-tuned.
         pipeline_tag="fill-mask" if network == "generator" else None,
         tags=["electra", network, "pretraining"],
-        base_model=_base_model(run, network),
+        # On a hub, the name of a directory here is somebody else's model.
+        base_model=_name(source) if source.startswith(hub.SCHEME) else None,
         datasets=datasets or None,
         model_name=f"{run.profile.model_name}-{network}" if results else None,
         eval_results=results or None,

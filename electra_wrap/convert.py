@@ -11,6 +11,7 @@ from electra_wrap.card import model_card
 from electra_wrap.data import corpus, vocab
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
+from electra_wrap.progress import warn
 from electra_wrap.run import Run
 
 #: A plain sentence, and one with words that do not fit.
@@ -80,12 +81,13 @@ def from_tensorflow(
         raise UsageError("--strip-accents has an effect with --lowercase only; give both")
     prefix = checkpoints.find_prefix(str(checkpoint.absolute()), step)
     tokens = vocab.read(vocabulary) if vocabulary else []
+    if vocab.is_uncased(tokens) and not lowercase:
+        warn(f"{vocabulary} has no upper-case letters; was the model trained with --lowercase?")
     with _new_directory(out) as work:
         job = {"checkpoint": prefix, "out": str(work), "heads": {"discriminator": heads}}
-        if tokens:
-            job["expected"] = {network: {"vocab_size": len(tokens)} for network in NETWORKS}
         configs = subprocesses.call("electra_wrap.weights", "to_transformers", job)
         for network in NETWORKS if tokens else ():
+            vocab.refuse_other_size(vocabulary, tokens, configs[network]["vocab_size"])
             vocab.write_tokenizer(
                 work / network,
                 tokens,

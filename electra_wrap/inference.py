@@ -6,6 +6,7 @@
 
 import functools
 import itertools
+import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -105,6 +106,42 @@ def check(directory: str, texts: list[str], sentences: list[str], seed: int) -> 
         "detected": detect(model, texts),
         "corrupted": replace(model, texts, seed=0),
         "sentences": replace(model, sentences, seed=seed) if sentences else [],
+    }
+
+
+def read_tokenizer(path: str, texts: list[str]) -> dict[str, Any]:
+    """Return how a released tokenizer normalizes text, and the ids that it gives `texts`.
+
+    `path` is a tokenizer.json or a directory. A tokenizer.json in it counts, because the classes of
+    transformers may rebuild another one. UsageError if the tokenizer cannot be loaded.
+    """
+    import transformers
+
+    file = Path(path) if Path(path).is_file() else Path(path, "tokenizer.json")
+    try:
+        if file.is_file():
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # each class has errors of its own
+        raise UsageError(
+            f"the tokenizer in {path} cannot be loaded ({error}); give another"
+        ) from None
+    if tokenizer.is_fast:
+        normalizer = json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"] or {}
+        steps = [normalizer, *normalizer.get("normalizers", [])]
+        options: Mapping[str, Any] = next(
+            (step for step in steps if step.get("type") == "BertNormalizer"), {}
+        )
+        lowercase = options.get("lowercase", False)
+    else:
+        options = tokenizer.init_kwargs
+        lowercase = options.get("do_lower_case", True)
+    accents = options.get("strip_accents")
+    return {
+        "lowercase": lowercase,
+        "strip_accents": lowercase if accents is None else accents,
+        "ids": tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
     }
 
 

@@ -7,8 +7,8 @@ and vocabulary of the profile follow from these.
 
 import contextlib
 import dataclasses
-import json
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from electra_wrap import checkpoints, files, hub, subprocesses, weights
 from electra_wrap.architecture import NETWORKS, SIZES, Network, Shape
-from electra_wrap.data import vocab
+from electra_wrap.data import released, vocab
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import OF_WEIGHTS, Profile, TwoModels
@@ -55,10 +55,10 @@ def resolve(run: Run, *, dry_run: bool = False) -> None:
             else:
                 files.remove(run.initial)
                 out = stack.enter_context(files.atomic(run.initial, directory=True))
-            values = _collect(init_from, run.profile, out)
+            values, vocabulary = _collect(init_from, run.profile, out)
             digests = [files.sha256(out / network / "model.safetensors") for network in NETWORKS]
         identity = " ".join(digest[:12] for digest in digests)
-        run.model.initial = {"given": given, "values": values, "identity": identity}
+        run.model.initial = {"given": given, "values": values, "identity": identity, **vocabulary}
     own, values = run.profile.explicit(), run.model.initial["values"]
     _refuse_contradiction(own, values)
     try:
@@ -68,10 +68,13 @@ def resolve(run: Run, *, dry_run: bool = False) -> None:
         raise UsageError(f"the weights in model.init_from: {problem}") from None
 
 
-def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[str, Any]:
+def _collect(
+    init_from: str | TwoModels, profile: Profile, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write both networks to `out`/NETWORK; return the keys that follow from them, by dotted name.
 
-    Those of models on a hub include their commits.
+    Those of models on a hub include their commits. Also return `vocab_size`, the rows of the
+    embeddings, and `tokenizer`, the vocabulary of the weights or None.
     """
     exported, path = out / "exported", Path(str(init_from))
     own, tokenizer = profile.explicit(), dict[str, Any]()
@@ -107,7 +110,8 @@ def _collect(init_from: str | TwoModels, profile: Profile, out: Path) -> dict[st
     _refuse_contradiction(own, found)
     subprocesses.call("electra_wrap.inference", "load", {"directory": str(out)})
     pinned = init_from if isinstance(init_from, str) else init_from.model_dump()
-    return {**found, "model.init_from": pinned}
+    vocabulary = {"vocab_size": size, "tokenizer": tokenizer.get("source")}
+    return {**found, "model.init_from": pinned}, vocabulary
 
 
 def _refuse_contradiction(own: dict[str, Any], found: dict[str, Any]) -> None:
@@ -150,18 +154,10 @@ def _describe_tokenizer(source: str) -> dict[str, Any]:
     vocabulary = _find(source, "vocab.txt") or _find(source, "tokenizer.json")
     if vocabulary is None:
         return {}
-    path = _find(source, "tokenizer_config.json")
-    try:
-        config = json.loads(path.read_text("utf-8")) if path else {}
-        lowercase = bool(config.get("do_lower_case", True))  # the default of transformers
-    except (ValueError, AttributeError):
-        raise UsageError(f"{path} is damaged; replace it") from None
-    accents = config.get("strip_accents")
-    return {
-        "source": source if source.startswith(hub.SCHEME) else str(vocabulary),
-        "lowercase": lowercase,
-        "strip_accents": lowercase if accents is None else bool(accents),
-    }
+    name = source if source.startswith(hub.SCHEME) else str(vocabulary)
+    job = {"path": str(released.find_tokenizer(name) or vocabulary.parent), "texts": []}
+    found = subprocesses.call("electra_wrap.inference", "read_tokenizer", job)
+    return {"source": name, **{key: found[key] for key in ("lowercase", "strip_accents")}}
 
 
 def _copy(models: Mapping[Network, Path], out: Path) -> dict[Network, dict[str, Any]]:
@@ -224,17 +220,22 @@ def _is_close(one: Any, other: Any) -> bool:
 def _refuse_other_vocabulary(source: str, expected: str | None, size: int) -> None:
     """Raise UsageError unless `tokenizer.source` is the vocabulary of the weights.
 
-    `expected` is that vocabulary; if it is not known, only its size is compared.
+    `expected` is that vocabulary; if it is not known, only its size is compared with that of the
+    weights. Words in place of [unusedN] are welcome.
     """
     if source in ("", "train"):
         problem = f"tokenizer.source = {source!r}, but the weights in model.init_from have"
         raise UsageError(f"{problem} a vocabulary already; name it")
     tokens = vocab.read(vocab.locate(source))
-    others = vocab.read(vocab.locate(expected)) if expected else []
-    for number, (token, other) in enumerate(zip(tokens, others, strict=False)):
-        if token != other:
-            problem = f"token {number} of {source} is {token!r}"
-            raise UsageError(f"{problem}, but {other!r} in model.init_from; use its vocabulary")
-    if len(tokens) != size:
-        problem = f"{source} has {len(tokens):,} tokens, but the weights in model.init_from"
-        raise UsageError(f"{problem} have {size:,}; give the vocabulary they were trained with")
+    others = vocab.read(vocab.locate(expected)) if expected else tokens
+    changed = [n for n, pair in enumerate(zip(tokens, others, strict=False)) if len(set(pair)) > 1]
+    for number in changed:
+        if not re.fullmatch(r"\[unused\d+\]", others[number]):
+            problem = f"token {number} of {source} is {tokens[number]!r}, but {others[number]!r}"
+            raise UsageError(f"{problem} in model.init_from; use its vocabulary")
+    if changed:
+        log(f"new tokens in place of [unusedN]: {len(changed):,}")
+    if len(tokens) != len(others):
+        problem = f"{source} has {len(tokens):,} tokens, but the vocabulary in model.init_from has"
+        raise UsageError(f"{problem} {len(others):,}; give that")
+    vocab.refuse_other_size(source, tokens, size)

@@ -13,7 +13,7 @@ from typing import Any
 from electra_wrap import checkpoints, files
 from electra_wrap.architecture import NETWORKS
 from electra_wrap.convert import export
-from electra_wrap.data import corpus, sources, vocab
+from electra_wrap.data import corpus, released, sources, vocab
 from electra_wrap.engines import choose_devices, engine_of
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.events import Evaluation, Event
@@ -98,13 +98,18 @@ def _corpus(run: Run) -> Values:
 #: Share of tokens beyond the longest example from which to warn.
 CUT_SHARE = 0.01
 
+#: Shares of [UNK] from which to warn, and from which there is nothing to learn.
+UNKNOWN_SHARE, UNKNOWN_SHARE_MAX = 0.01, 0.5
+
 
 def _vocab_inputs(run: Run) -> Values:
     settings = run.profile.tokenizer
     inputs = {f"tokenizer.{key}": value for key, value in settings.model_dump().items()}
     if settings.source == "train":
         return inputs | _corpus_inputs(run)
-    if not run.model.initial and not sources.is_remote(settings.source):
+    if run.model.initial:
+        inputs["the weights' vocab_size"] = run.model.initial.get("vocab_size")
+    elif not sources.is_remote(settings.source):
         inputs["tokenizer.source"] = files.describe([vocab.locate(settings.source)])
     return inputs
 
@@ -125,18 +130,38 @@ def _vocab(run: Run) -> Values:
         vocab.fetch(settings.source, run.vocabulary, settings.sha256)
         if sources.is_remote(settings.source) and settings.sha256 is None:
             log(f'vocab: to pin it, set tokenizer.sha256 = "{files.sha256(run.vocabulary)}"')
+        source = run.model.initial.get("tokenizer") or settings.source
+        log_file = run.log_file("vocab")
+        released.refuse_difference(source, run.corpus, log_file, **settings.normalization)
     tokens, length = vocab.read(run.vocabulary), run.profile.model.max_seq_length
     fit = vocab.measure(run.corpus, tokens, max_seq_length=length, **settings.normalization)
     log(f"vocab: {len(tokens):,} tokens")
     if settings.vocab_size and len(tokens) < settings.vocab_size:
         warn(f"the text gives a vocabulary of less than {settings.vocab_size:,} tokens")
     if fit:
-        unknown = f"{fit['unknown_share']:.3%} of them [UNK]"
-        log(f"vocab: {fit['tokens_per_word']:.3f} tokens per word, {unknown}")
+        share = f"{fit['unknown_share']:.3%} of them [UNK]"
+        log(f"vocab: {fit['tokens_per_word']:.3f} tokens per word, {share}")
+        _judge_unknown(run, tokens, fit)
     if fit.get("cut_share", 0.0) > CUT_SHARE:
         share = f"{fit['cut_share']:.0%} of the tokens"
         warn(f"lines are longer than model.max_seq_length, which cuts {share}; use shorter lines")
-    return {"vocab_size": len(tokens), **fit}
+    # Released weights may have more rows than there are tokens.
+    return {"vocab_size": run.model.initial.get("vocab_size", len(tokens)), **fit}
+
+
+def _judge_unknown(run: Run, tokens: list[str], fit: dict[str, float]) -> None:
+    """Warn of too many [UNK], or raise UsageError, and say what they may come from."""
+    if fit["unknown_share"] <= UNKNOWN_SHARE:
+        return
+    fix = "the vocabulary does not fit the text; give another one"
+    if vocab.is_uncased(tokens) and not run.profile.tokenizer.lowercase:
+        fix = "the vocabulary has no upper-case letters; set tokenizer.lowercase = true"
+    elif fit["too_long_share"] > UNKNOWN_SHARE:
+        fix = f"words of more than {vocab.MAX_WORD_CHARACTERS} characters become one; divide them"
+    problem = f"{fit['unknown_share']:.0%} of the text's tokens are [UNK]; {fix}"
+    if fit["unknown_share"] > UNKNOWN_SHARE_MAX:
+        raise UsageError(problem)
+    warn(problem)
 
 
 # ---- examples

@@ -235,8 +235,8 @@ def to_tensorflow(discriminator: str, generator: str, out: str, *, step: int = 0
 def load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the sizes in a model's config.json, and its weights. UsageError if they are damaged.
 
-    Two tensors that some versions of transformers write are left out: the word embeddings again,
-    and a constant.
+    Some versions of transformers also write the word embeddings again, as the generator's output
+    weight, and the numbers of the positions. They are left out. UsageError if they are others.
     """
     config = read_hf_config(directory)
     try:
@@ -245,8 +245,14 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UsageError(
             f"{directory} has no model of transformers ({error}); correct it"
         ) from None
-    for name in ("generator_lm_head.weight", "electra.embeddings.position_ids"):
-        tensors.pop(name, None)
+    words = tensors.get("electra.embeddings.word_embeddings.weight")
+    output = tensors.pop("generator_lm_head.weight", words)
+    positions = tensors.pop("electra.embeddings.position_ids", np.arange(1))
+    if not np.array_equal(output, words):
+        problem = f"{directory} has an output weight of its own, which neither engine has"
+        raise UsageError(f"{problem}; give a model whose output weight is its word embeddings")
+    if not np.array_equal(positions.ravel(), np.arange(positions.size)):
+        raise UsageError(f"{directory} numbers positions in another order; give another model")
     return config, tensors
 
 

@@ -65,7 +65,7 @@ def test_card_names_engine_and_origin(learned: Run) -> None:
     text = model_card(Run(profile, learned.directory), "generator", 6)
     assert "6 steps with [google-research/electra](" in text and "/home" not in text
     assert "started from the weights of `modelo`" in text and "from `vocab.txt`" in text
-    assert ModelCard(text).data.to_dict()["base_model"] == "modelo"
+    assert "base_model" not in ModelCard(text).data.to_dict(), "on a hub, it is another model"
 
 
 @pytest.mark.parametrize(

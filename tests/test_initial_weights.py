@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_weights
+from conftest import tiny
 from safetensors.numpy import load_file, save_file
 from test_sources import Server, server  # noqa: F401
 
@@ -65,7 +66,7 @@ def test_weights_and_all_that_follows_from_them_are_taken(
         assert run.profile.model.shape(network) == learned.profile.model.shape(network)
     assert not run.profile.tokenizer.lowercase
     card, name = model_card(run, "discriminator", 2), "source" if kind == "run" else "discriminator"
-    assert f"\nbase_model: {name}\n" in card and f"started from the weights of `{name}`" in card
+    assert "base_model" not in card and f"started from the weights of `{name}`" in card
 
 
 def test_training_starts_where_the_source_ended_and_reads_it_once(
@@ -163,7 +164,7 @@ CONTRADICTIONS = {
     "tokenizer.lowercase=true": "lowercase = True, but .* have False",
     "tokenizer={source='train',vocab_size=300}": "'train', but .* have a vocabulary already",
     "tokenizer.source=other.txt": "token 7 of .* is '.*', but '.*' in model",
-    "tokenizer.source=fewer.txt": "has 200 tokens, but .* have 300",
+    "tokenizer.source=fewer.txt": "has 200 tokens, but the vocabulary .* has 300",
 }
 
 
@@ -202,6 +203,7 @@ def configure(directory: Path, **values: Any) -> None:
 
 LAYER = "electra.encoder.layer.0.output.dense.weight"
 EMBEDDINGS = "electra.embeddings.word_embeddings.weight"
+HEAD, POSITIONS = "generator_lm_head.weight", "electra.embeddings.position_ids"
 FILE = "generator/model.safetensors"
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -222,6 +224,13 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other embeddings": (
         lambda d: damage(d, lambda t: t[EMBEDDINGS].fill(1)), "has other embeddings than",
     ),
+    "untied head": (
+        lambda d: damage(d, lambda t: t.update({HEAD: t[EMBEDDINGS] + 1})), "output weight of its",
+    ),
+    "positions": (
+        lambda d: damage(d, lambda t: t.update({POSITIONS: np.arange(512)[::-1].copy()})),
+        "numbers positions in another order",
+    ),
     "pickle": (lambda d: (d / FILE).rename(d / "model.bin"), r"no model\.safetensors; save"),
     "truncated": (lambda d: (d / FILE).write_bytes(b"\x08" + bytes(99_999)), "no model of transf"),
 }  # fmt: skip
@@ -233,6 +242,90 @@ def test_bad_models_are_refused_before_any_work(learned: Run, tmp_path: Path, ca
     change, message = BAD_MODELS[case]
     change(models)
     refuse(start(learned, tmp_path, of_models(models)), message)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_the_tokenizer_of_the_weights_decides_on_case(learned: Run, tmp_path: Path) -> None:
+    """Not the defaults of a class: PreTrainedTokenizerFast writes no do_lower_case."""
+    models = shutil.copytree(learned.exported, tmp_path / "hf")
+    for lowercase, accents in ((True, None), (True, False), (False, None)):
+        normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+        normalizer |= {"lowercase": lowercase, "strip_accents": accents}
+        for network in NETWORKS:
+            (models / network / "tokenizer_config.json").unlink(missing_ok=True)
+            change = {"normalizer": normalizer}
+            rewrite(models / network / "tokenizer.json", lambda v, c=change: v.update(c))
+        execute(run := start(learned, tmp_path, models), dry_run=True)
+        found = run.profile.tokenizer
+        assert found.lowercase == lowercase
+        assert found.strip_accents == (lowercase if accents is None else accents)
+
+
+def test_other_division_of_text_is_refused(learned: Run, tmp_path: Path) -> None:
+    models = shutil.copytree(learned.exported, tmp_path / "hf")
+    path = models / "discriminator" / "tokenizer.json"
+    rewrite(path, lambda values: values["pre_tokenizer"].update(type="WhitespaceSplit"))
+    run = start(learned, tmp_path, models)
+    with pytest.raises(UsageError, match=r"vocab.txt divides '.*' into '.*' where upstream's has"):
+        execute(run)
+    assert not run.examples[0].exists()
+    (models / "discriminator" / "tokenizer.json").unlink()
+    config = models / "discriminator" / "tokenizer_config.json"
+    rewrite(
+        config,
+        lambda v: v.update(tokenizer_class="BertJapaneseTokenizer", word_tokenizer_type="mecab"),
+    )
+    with pytest.raises(UsageError, match=r"discriminator cannot be loaded .*fugashi"):
+        execute(start(learned, tmp_path / "japanese", models))
+
+
+def test_tokenizer_of_a_vocabulary_must_be_that_of_the_profile(
+    learned: Run, tmp_path: Path
+) -> None:
+    source = f"tokenizer.source={learned.exported / 'discriminator' / 'tokenizer.json'}"
+    text = Path(learned.profile.corpus.sources[0])
+    run = Run(tiny(text, source, "tokenizer.lowercase=true"), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"= True, but the tokenizer of .* has False; set tok"):
+        execute(run, until="vocab")
+
+
+def test_spare_rows_of_embeddings_stay(learned: Run, tmp_path: Path) -> None:
+    models = shutil.copytree(learned.exported, tmp_path / "hf")
+    for network in NETWORKS:
+        tensors = dict(load_file(path := models / network / "model.safetensors"))
+        for name in (EMBEDDINGS, "generator_lm_head.bias"):
+            if name in tensors:
+                tensors[name] = np.concatenate([tensors[name], tensors[name][:8]])
+        save_file(tensors, path, {"format": "pt"})
+        # Published configurations often lack architectures.
+        rewrite(models / network / "config.json", lambda v: v.pop("architectures"))
+        rewrite(models / network / "config.json", lambda v: v.update(vocab_size=308))
+    execute(run := start(learned, tmp_path, models, "train.steps=1", "train.warmup_steps=0"))
+    after, config = weights(run.exported), run.exported / "generator" / "config.json"
+    assert after[f"discriminator {EMBEDDINGS}"].shape[0] == 308
+    assert json.loads(config.read_text())["vocab_size"] == 308
+    execute(start(learned, tmp_path, models, "train.steps=2", "train.warmup_steps=0"))
+
+
+def test_words_may_take_the_place_of_unused_tokens(
+    learned: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = shutil.copytree(learned.exported, tmp_path / "hf")
+    tokens = vocab.read(learned.vocabulary)
+    unused = [*tokens[:298], "[unused1]", "[unused2]"]
+    rules = learned.profile.tokenizer.normalization
+    for network in NETWORKS:
+        vocab.write_tokenizer(models / network, unused, max_length=32, **rules)
+    (own := tmp_path / "own.txt").write_text("\n".join(tokens), encoding="utf-8")
+    run = start(learned, tmp_path, models, f"tokenizer.source={own}")
+    execute(run, until="vocab")
+    assert "new tokens in place of [unusedN]: 2\n" in capsys.readouterr().err
+    assert vocab.read(run.vocabulary) == tokens
 
 
 def test_one_model_is_refused(learned: Run, tmp_path: Path) -> None:

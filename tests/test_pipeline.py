@@ -6,12 +6,13 @@ import os
 import re
 import resource
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import pytest
 
 from electra_wrap import checkpoints, files, stages
+from electra_wrap.data.vocab import SPECIAL_TOKENS
 from electra_wrap.errors import EnvironmentProblem, StageFailed, UsageError, convert
 from electra_wrap.monitor import Scalars
 from electra_wrap.pipeline import execute
@@ -391,6 +392,32 @@ def test_repetitive_text_and_small_vocabulary_are_warnings(
     printed = capsys.readouterr().err
     assert "held-out text are lines that the training text has, too; set corpus.ded" in printed
     assert "the text gives a vocabulary of less than 5,000 tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("token", "line", "is_refused", "message"),
+    [
+        ("X", "X b c", True, r"67% of the text's tokens are \[UNK\]; the vocabulary does not fit"),
+        ("X", "X " * 20 + "b", False, r"warning: 5% of the text's tokens are \[UNK\]; the voc"),
+        ("a", "a " * 20 + "B", False, "no upper-case letters; set tokenizer.lowercase = true"),
+        ("X", "X" * 250, True, "100% .* words of more than 200 characters become one"),
+    ],
+)
+def test_text_that_the_vocabulary_does_not_know(
+    make_run: MakeRun,
+    text: Path,
+    capsys: Capture,
+    token: str,
+    line: str,
+    is_refused: bool,
+    message: str,
+) -> None:
+    text.write_text(f"{line}\n\n" * 40, encoding="utf-8")
+    (source := text.with_name("v.txt")).write_text("\n".join([*SPECIAL_TOKENS, token]), "utf-8")
+    run = make_run(f"tokenizer.source={source}", "corpus.held_out=0")
+    with pytest.raises(UsageError, match=message) if is_refused else nullcontext():
+        execute(run, until="vocab")
+    assert is_refused or re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("engine", ["native", "upstream"])

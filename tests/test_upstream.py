@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+import test_vocab
 import test_weights
 from conftest import SPANISH, child, git, tiny
 
@@ -255,6 +256,19 @@ def test_transformers_gives_the_tokens_of_training(
     assert len(CHARACTERS) > 140_000 and len(differ) < 800
 
 
+def test_ids_are_upstreams_whatever_the_lines_of_the_vocabulary(
+    upstream: Path, tmp_path: Path
+) -> None:
+    path = test_vocab.write(tmp_path / "v.txt", test_vocab.ODD)
+    texts = ["niño aa a b", "\u2028 ## #", *SPANISH]
+    request = json.dumps([False, False, texts, []])
+    theirs = json.loads(child("upstream_tokens.py", upstream, path, stdin=request))
+    tokens = vocab.read(path)
+    encode = vocab.line_encoder(tokens, lowercase=False, strip_accents=False)
+    assert [encode(text) for text in texts] == theirs["ids"]
+    assert [tokens.index(token) for token in vocab.SPECIAL_TOKENS] == theirs["special"]
+
+
 def test_logits_of_upstreams_graph(upstream: Path, tmp_path: Path) -> None:
     """They are those of the oracle, as those of transformers are (test_weights.py).
 
@@ -306,7 +320,9 @@ def test_killed_start_from_weights_is_repeated(
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in keys.items()]
     run = Run(tiny(corpus_text, *overrides, steps=2), tmp_path / "run")
     command = start_run(run)
-    wait_until(lambda: checkpoints.steps(run.model_dir), command)  # now they are evaluated
+    wait_until(
+        (run.directory / "logs/evaluate.log").exists, command
+    )  # the checkpoint of step 0 is there
     command.kill()
     command.communicate()
     assert run.initial.is_dir()

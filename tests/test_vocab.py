@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from conftest import SPANISH, child, python
 from test_sources import Server, server  # noqa: F401
+from tokenizers import Tokenizer
 
 from electra_wrap.data import vocab
 from electra_wrap.errors import UsageError
@@ -22,10 +25,10 @@ def write(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def tokenizer_json(tokens: list[str], first: int = 0) -> bytes:
+def tokenizer_json(tokens: list[str], first: int = 0, **model: str) -> bytes:
     """Return a tokenizer.json, which need not have the tokens in the order of their numbers."""
     ids = {token: number for number, token in reversed(list(enumerate(tokens, first)))}
-    return json.dumps({"model": {"vocab": ids}}).encode()
+    return json.dumps({"model": {**model, "vocab": ids}}).encode()
 
 
 @pytest.fixture
@@ -45,13 +48,13 @@ def test_tokens_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([*GOOD, "a"], "'a' is on line 9 again"),
-        ([*GOOD, ""], "line 9 is ''"),
-        ([*GOOD, " b"], "line 9 is ' b'"),
-        ([*GOOD, "b\r"], "line 9 is 'b"),
+        (["\ufeff[PAD]", *GOOD[1:]], "begins with a byte order mark"),
+        ([json.dumps({"model": {}})], r"is JSON; name it tokenizer\.json"),
         ([t for t in GOOD if t != "[MASK]"], r"\[MASK\] is missing"),
         (GOOD[1:] + GOOD[:1], r"\[PAD\] is not on line 1"),
         (tokenizer_json(GOOD, 1), "its numbers have gaps"),
+        (tokenizer_json(GOOD, type="BPE"), "it is of the type BPE; give a vocab.txt"),
+        (tokenizer_json(GOOD, continuing_subword_prefix="@@"), "of a word with '@@', not ##"),
         (b"\xff", "not a UTF-8 vocabulary: .*; give a vocab.txt"),
     ],
 )
@@ -60,6 +63,31 @@ def test_malformed_vocabularies_are_refused(tmp_path: Path, content: Any, messag
     path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
     with pytest.raises(UsageError, match=message):
         vocab.read(path)
+
+
+def test_missing_vocabulary_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="v: No such file or directory; give a vocabulary"):
+        vocab.read(tmp_path / "v")
+
+
+#: Lines of published vocabularies: separators of Unicode that are white space, and repeated tokens.
+ODD = [*vocab.SPECIAL_TOKENS, "\u2028", "##\u2028", "niño", "", " a", "niño", "##a\r", "[MASK]", ""]
+
+
+def test_odd_lines_keep_all_ids(tmp_path: Path) -> None:
+    tokens = vocab.read(path := write(tmp_path / "v", ODD))
+    last = {line.strip(): number for number, line in enumerate(ODD)}
+    assert {token: number for number, token in enumerate(tokens) if token in last} == last
+    assert len(set(tokens)) == len(tokens) == len(ODD)
+    vocab.fetch(str(path), tmp_path / "copy", None)
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes(), "upstream reads it as it is"
+    vocab.write_tokenizer(tmp_path, tokens, max_length=64, **CASED)
+    assert vocab.read(tmp_path / "vocab.txt") == tokens
+    ids = vocab.line_encoder(tokens, **CASED)("niño aa \u2028 ##")
+    assert ids == [10, 9, 11, 1, 1]
+    assert Tokenizer.from_file(f"{tmp_path}/tokenizer.json").encode("niño aa [MASK]").ids == [
+        *(2, 10, 9, 11, 12, 3)
+    ]
 
 
 def test_training_is_reproducible(tmp_path: Path, corpus: Path) -> None:
@@ -106,7 +134,32 @@ def test_measure_counts_tokens_unknown_and_cut_ones(corpus: Path) -> None:
     tokens = [*vocab.SPECIAL_TOKENS, "a", "b", "##b", "[", "]"]
     fit = vocab.measure(corpus, tokens, max_seq_length=8, **CASED)
     # a ##b | b | [UNK] | [ [UNK] ] | 8 × a ##b, of which an example of 8 has six tokens
-    assert fit == {"tokens_per_word": 23 / 12, "unknown_share": 2 / 23, "cut_share": 10 / 23}
+    shares = {"unknown_share": 2 / 23, "too_long_share": 0, "cut_share": 10 / 23}
+    assert fit == {"tokens_per_word": 23 / 12, **shares}
+
+
+def test_trained_vocabulary_covers_scripts_of_thousands_of_characters(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The frequency of a character falls with its rank, as in Chinese."""
+    characters = list(map(chr, range(0x4E00, 0x4E00 + 5000)))
+    weights = [1 / (rank + 20) ** 1.5 for rank in range(5000)]
+    text = Random(0).choices(characters, weights, k=400_000)
+    write(corpus / "part-00000.txt", ["".join(text[i : i + 40]) for i in range(0, len(text), 40)])
+    vocab.train(corpus, tmp_path / "v", vocab_size=8000, sample_bytes=None, **CASED)
+    fit = vocab.measure(corpus, vocab.read(tmp_path / "v"), max_seq_length=64, **CASED)
+    assert 0 < fit["unknown_share"] < 0.001
+    assert re.search(r"\d+ rare characters are left out, 0\.0\d+% of", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "uncased"),
+    [(["[A]", "##os", "1"], True), (["Los", "los"], False), (["É", "é"], False), (["中"], False)],
+)
+def test_vocabulary_is_uncased_if_it_has_lower_case_letters_only(
+    tokens: list[str], uncased: bool
+) -> None:
+    assert vocab.is_uncased(tokens) == uncased
 
 
 def test_fetch_copies_a_file_with_the_right_sha256(tmp_path: Path) -> None:
@@ -140,9 +193,10 @@ def test_transformers_tokenizes_as_in_training(
 
 
 def test_vocabulary_is_fetched_from_a_hub(cli: Any, server: Server, tmp_path: Path) -> None:  # noqa: F811
-    server.url("ana/json/resolve/main/tokenizer.json", tokenizer_json(GOOD))
+    tokenizer = vocab.build_tokenizer(GOOD, **CASED).to_str().encode()
+    server.url("ana/json/resolve/main/tokenizer.json", tokenizer)
     url = server.url("ana/text/resolve/main/vocab.txt", "\n".join(GOOD).encode())
-    write(tmp_path / "t.txt", ["hola"])
+    write(tmp_path / "t.txt", ["a aa pájaro"])
     arguments = ("run", "--until=vocab", "--set=corpus.source=t.txt", "--set=corpus.held_out=0")
     for name, code, message in (
         ("json", 0, "vocab: 8 tokens"),

@@ -214,7 +214,10 @@ def test_convert_writes_models_and_a_tokenizer_and_back(
     tokens = [*vocab.SPECIAL_TOKENS, *(f"w{i}" for i in range(VOCABULARY - 5))]
     (tmp_path / "v.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     shutil.copytree(next(iter(converted)), tmp_path / "*[1]")
+    cased = cli("convert", "*[1]", "--out", "cased", "--vocab", "v.txt")
+    assert "warning: v.txt has no upper-case letters; was the model trained" in cased.stderr
     done = cli("convert", "*[1]", "--out", "h[2]/hf", "--vocab", "v.txt", "--lowercase")
+    assert "warning" not in done.stderr
     hf = tmp_path / "h[2]" / "hf"
     assert (done.returncode, done.stdout) == (0, "h[2]/hf\n"), done.stderr
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -271,7 +274,7 @@ BROKEN = [
     Case("not a complete checkpoint", damage=lambda d: (d / DATA).unlink()),
     Case("not a complete checkpoint", damage=lambda d: (d / INDEX).write_text("text")),
     Case("there is no checkpoint", damage=lambda d: (d / INDEX).unlink()),
-    Case("vocab_size is 90, but 6 is expected", options={"vocabulary": "../other.txt"}),
+    Case("has 6 tokens, but the weights have 90 rows", options={"vocabulary": "../other.txt"}),
     Case("3 heads do not divide the discriminator's 128", options={"heads": 3}),
     Case("has an effect with --lowercase only", options={"strip_accents": True}),
     Case("exists; choose another --out", damage=lambda d: (d / "hf/generator").mkdir(parents=True)),

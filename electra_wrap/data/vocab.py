@@ -1,7 +1,9 @@
 """The vocabulary (from a hub, a file, or trained) and tokenizer files for transformers."""
 
 import collections
+import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from electra_wrap import files, hub
 from electra_wrap.errors import UsageError
 from electra_wrap.files import write_json, write_text
+from electra_wrap.progress import log
 
 #: In the order of BERT's vocabularies. Upstream pads with id 0, whatever token that is.
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -16,8 +19,12 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 #: Longer words become [UNK]: the default of upstream's WordpieceTokenizer. transformers has 100.
 MAX_WORD_CHARACTERS = 200
 
-#: Characters that a trained vocabulary may have; a word with another one becomes [UNK].
-MAX_ALPHABET = 1000
+#: A trained vocabulary has the most frequent characters of its text: this many, or more until they
+#: make up this share of it. A word with another one becomes [UNK].
+ALPHABET, COVERAGE = 1000, 0.9995
+
+#: Share of the rows of released embeddings that may have no token: some pad them, say to 1,024.
+SPARE_ROWS = 0.05
 
 #: Bytes of text that `measure` reads.
 MEASURED_BYTES = 8_000_000
@@ -53,41 +60,53 @@ class WordCache(dict[str, tuple[int, ...]]):
 
 
 def read(path: Path) -> list[str]:
-    """Return the tokens of vocab.txt, or of a tokenizer.json with a WordPiece model, in order.
+    """Return the tokens of vocab.txt, or of a tokenizer.json with a WordPiece model, by their ids.
 
-    UsageError if it is damaged, or if upstream and transformers would number its tokens
-    differently.
+    They are those of upstream's load_vocab: each line is stripped, and of a repeated token the last
+    line counts. The lines before it have a token that no text gives, so that all ids stay.
+    UsageError if it is not a WordPiece vocabulary with BERT's special tokens.
     """
     try:
         text = path.read_bytes().decode("utf-8")
-        if path.suffix == ".json":
-            ids = json.loads(text)["model"]["vocab"]
-            tokens = sorted(ids, key=ids.__getitem__)
-            if [ids[token] for token in tokens] != list(range(len(ids))):
-                raise ValueError("its numbers have gaps")
-        else:
-            tokens = text.removesuffix("\n").split("\n")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        is_json = path.suffix == ".json"
+        lines = _read_json(text) if is_json else text.removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give a vocabulary") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fix = "give a vocab.txt, or the tokenizer.json of a WordPiece model"
         raise UsageError(f"{path}: not a UTF-8 vocabulary: {error}; {fix}") from None
-    if problem := _find_problem(tokens):
-        raise UsageError(f"{path}: {problem}")
+    if text.startswith("\ufeff"):
+        raise UsageError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
+    if text.startswith("{") and not is_json:
+        raise UsageError(f"{path} is JSON; name it tokenizer.json")
+    tokens = [line.strip() for line in lines]
+    last = {token: number for number, token in enumerate(tokens)}
+    if missing := [token for token in SPECIAL_TOKENS if token not in last]:
+        raise UsageError(f"{path}: {missing[0]} is missing; give a vocabulary of a BERT or ELECTRA")
+    if last["[PAD]"]:
+        problem = f"{path}: [PAD] is not on line 1, and upstream pads with id 0"
+        raise UsageError(f"{problem}; give a vocabulary that begins with it")
+    return [t if last[t] == number else f"[line {number}]" for number, t in enumerate(tokens)]
+
+
+def _read_json(text: str) -> list[str]:
+    """Return the tokens of a tokenizer.json. ValueError unless it is WordPiece as upstream's."""
+    model = json.loads(text)["model"]
+    if model.get("type", "WordPiece") != "WordPiece":
+        raise ValueError(f"it is of the type {model['type']}")
+    if (prefix := model.get("continuing_subword_prefix", "##")) != "##":
+        raise ValueError(f"it marks the continuation of a word with {prefix!r}, not ##")
+    ids: dict[str, int] = model["vocab"]
+    tokens = sorted(ids, key=ids.__getitem__)
+    if [ids[token] for token in tokens] != list(range(len(ids))):
+        raise ValueError("its numbers have gaps")
     return tokens
 
 
-def _find_problem(tokens: list[str]) -> str | None:
-    seen: set[str] = set()
-    for line, token in enumerate(tokens, 1):
-        if token != token.strip() or not token:
-            return f"line {line} is {token!r}; remove white space and empty lines"
-        if token in seen:
-            return f"{token!r} is on line {line} again; keep one"
-        seen.add(token)
-    if missing := [token for token in SPECIAL_TOKENS if token not in seen]:
-        return f"{missing[0]} is missing; add {' '.join(SPECIAL_TOKENS)}"
-    if tokens[0] != "[PAD]":
-        return "[PAD] is not on line 1; move it there: upstream pads with id 0"
-    return None
+def is_uncased(tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary has letters, but no upper-case ones: [A], or [unused1], do not count."""
+    words = "".join(token for token in tokens if not token.startswith("["))
+    return words != words.upper() and words == words.lower()
 
 
 def fetch(source: str, target: Path, sha256: str | None) -> None:
@@ -99,7 +118,12 @@ def fetch(source: str, target: Path, sha256: str | None) -> None:
     digest = files.sha256(path)
     if sha256 not in (None, digest):
         raise UsageError(f"{source} has sha256 {digest}, the profile says {sha256}; correct one")
-    _write(target, read(path))
+    tokens = read(path)
+    if path.suffix == ".json":
+        _write(target, tokens)
+    else:
+        with files.atomic(target) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def locate(source: str) -> Path:
@@ -117,6 +141,16 @@ def locate(source: str) -> Path:
     return Path(source)
 
 
+def refuse_other_size(source: object, tokens: list[str], rows: int) -> None:
+    """Raise UsageError unless a vocabulary fits weights with embeddings of `rows` rows."""
+    spare = rows - len(tokens)
+    if not 0 <= spare <= SPARE_ROWS * rows:
+        problem = f"{source} has {len(tokens):,} tokens, but the weights have {rows:,} rows"
+        raise UsageError(f"{problem}; give the vocabulary that they were trained with")
+    if spare:
+        log(f"vocab: the weights have {spare:,} rows more than {source} has tokens")
+
+
 def train(
     corpus: Path, target: Path, *, vocab_size: int, sample_bytes: int | None, **normalization: bool
 ) -> None:
@@ -130,7 +164,7 @@ def train(
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    normalizer, pre_tokenizer = _text_steps(**normalization)
+    normalizer, pre_tokenizer = text_steps(**normalization)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     lines = sample(corpus, sample_bytes)
     words = collections.Counter(word for line in lines for word in line.split())
@@ -141,7 +175,16 @@ def train(
             for character in piece:
                 characters[character] += number
     del words
-    alphabet = sorted(sorted(characters), key=lambda c: -characters[c])[:MAX_ALPHABET]
+    ranked = sorted(sorted(characters), key=lambda c: -characters[c])
+    covered = itertools.accumulate(characters[c] for c in ranked)
+    enough = sum(number < COVERAGE * characters.total() for number in covered) + 1
+    needed = itertools.accumulate(1 + (c in inside) for c in ranked)  # tokens: c, and ##c
+    room = sum(number <= vocab_size - len(SPECIAL_TOKENS) for number in needed)
+    size = max(ALPHABET, min(enough, room))
+    alphabet, rare = ranked[:size], ranked[size:]
+    if rare:
+        share = sum(characters[c] for c in rare) / characters.total()
+        log(f"vocab: {len(rare):,} rare characters are left out, {share:.3%} of the text")
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=[*SPECIAL_TOKENS, *(f"##{c}" for c in sorted(inside & set(alphabet)))],
@@ -193,20 +236,27 @@ def measure(
     """Return how a vocabulary fits a sample of the shards in `corpus`; empty without text.
 
     That is the mean number of tokens in a word (what is between spaces), the share of tokens that
-    are [UNK], and the share that is cut off: upstream cuts lines to `max_seq_length` - 2 tokens.
+    are [UNK], the share of words that are too long for another token, and the share of tokens that
+    is cut off: upstream cuts lines to `max_seq_length` - 2 tokens.
     """
     encode, unk_id = line_encoder(tokens, **normalization), tokens.index("[UNK]")
-    words = total = unknown = cut = 0
+    words = total = unknown = cut = too_long = 0
     for line in filter(None, map(str.strip, sample(corpus, MEASURED_BYTES))):
         ids = encode(line)
         words += line.count(" ") + 1
         total += len(ids)
         unknown += ids.count(unk_id)
         cut += max(0, len(ids) - (max_seq_length - 2))
+        if len(line) > MAX_WORD_CHARACTERS:
+            too_long += sum(len(word) > MAX_WORD_CHARACTERS for word in line.split(" "))
     if not total:
         return {}
-    shares = {"unknown_share": unknown / total, "cut_share": cut / total}
-    return {"tokens_per_word": total / words, **shares}
+    return {
+        "tokens_per_word": total / words,
+        "unknown_share": unknown / total,
+        "too_long_share": too_long / words,
+        "cut_share": cut / total,
+    }
 
 
 def write_tokenizer(
@@ -248,7 +298,7 @@ def build_tokenizer(tokens: list[str], **normalization: bool) -> Any:
     ids = {token: number for number, token in enumerate(tokens)}
     model = models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _text_steps(**normalization)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = text_steps(**normalization)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -260,7 +310,7 @@ def build_tokenizer(tokens: list[str], **normalization: bool) -> Any:
     return tokenizer
 
 
-def _text_steps(*, lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
+def text_steps(*, lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
     """Return the normalizer and the pre-tokenizer that equal upstream's BasicTokenizer."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 

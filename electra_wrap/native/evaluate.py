@@ -97,7 +97,7 @@ def evaluate_checkpoint(directory: Path, step: int) -> None:
     if settings.device == "gpu":  # only training requires it
         settings = settings.model_copy(update={"device": "auto"})
     accelerator = setup.make_accelerator(settings)
-    network = setup.make_network(run.profile, len(tokens))
+    network = setup.make_network(run.profile, run.vocab_size)
     path = checkpoint_path(run.model_dir, step) / "model.safetensors"
     setup.load(path, dict(network.named_parameters()))
     accelerator.prepare(network)

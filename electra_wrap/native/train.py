@@ -55,7 +55,7 @@ def train(directory: Path) -> bool:
     accelerator = setup.make_accelerator(settings)
     parts = _count_parts(settings, accelerator.num_processes)
     set_seed(settings.seed)
-    network = setup.make_network(run.profile, len(tokens))
+    network = setup.make_network(run.profile, run.vocab_size)
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     setup.compile_network(network, settings, accelerator)
     prepared, adam = accelerator.prepare(network, model.optimizer(network, settings.weight_decay))

@@ -23,4 +23,7 @@ for text, expected in [
     *((t, tokenizer.tokenize(t)) for t in others),
 ]:
     assert ids(text) == tokenizer.convert_tokens_to_ids(expected), text
-print(json.dumps({"tokens": tokens, "words": words}))
+special = [tokenizer.vocab[f"[{name}]"] for name in ("PAD", "UNK", "CLS", "SEP", "MASK")]
+print(
+    json.dumps({"tokens": tokens, "words": words, "ids": list(map(ids, texts)), "special": special})
+)
