@@ -273,7 +273,7 @@ class Campaign:
         assert all(record["done"] for record in self.records(other).values()), "a stage is not done"
         lost = "remove an output" in met
         expected, found = ({path.name for path in run.iterdir()} for run in runs)
-        # What was complete when a fault hit, but not yet in the manifest, is renamed, never removed.
+        # What was complete, but not yet in the manifest, is renamed, never removed.
         unlike = {name for name in found ^ expected if ".old-" not in name}
         assert unlike <= {"report.html"}, unlike  # it is written when all stages are done
         left = [p.name for p in (other / MODEL).iterdir() if re.search("partial|te?mp", p.name)]

@@ -146,13 +146,7 @@ def test_child_inherits_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("module", "function", "arguments", "error", "message"),
     [
-        (
-            "electra_wrap.data.vocab",
-            "read",
-            {"path": Path("x")},
-            UsageError,
-            "x: No such file or dir",
-        ),
+        ("electra_wrap.data.vocab", "read", {"path": Path("x")}, UsageError, "x: No such file"),
         ("os", "listdir", {"path": "/x"}, EnvironmentProblem, r"No such file .* \(/x\); fix that"),
         ("json", "loads", {"s": "{"}, StageFailed, "JSONDecodeError: Expecting property name"),
         ("electra_wrap.nothing", "f", {}, StageFailed, r"No module named 'electra_wrap\.nothing'"),
