@@ -21,7 +21,7 @@ import numpy as np
 
 from electra_wrap import events, files, initial_weights, profiles, subprocesses
 from electra_wrap.architecture import NETWORKS
-from electra_wrap.data import vocab
+from electra_wrap.data import tokenization, vocab
 from electra_wrap.engines import ENGINES, choose_devices, engine_of
 from electra_wrap.errors import ElectraWrapError, UsageError
 from electra_wrap.pipeline import execute
@@ -83,8 +83,8 @@ def measure_matmul(precision: str) -> float:
 
 def write_text(directory: Path, vocab_size: int, tokens: int) -> None:
     """Write vocab.txt with generated words, and text.txt with words drawn uniformly."""
-    words = [f"w{number}" for number in range(vocab_size - len(vocab.SPECIAL_TOKENS))]
-    files.write_text(directory / "vocab.txt", "\n".join([*vocab.SPECIAL_TOKENS, *words, ""]))
+    words = [f"w{number}" for number in range(vocab_size - len(tokenization.SPECIAL_TOKENS))]
+    files.write_text(directory / "vocab.txt", "\n".join([*tokenization.SPECIAL_TOKENS, *words, ""]))
     lines = np.random.default_rng(0).choice(words, (tokens // 16 + 64, 16))
     files.write_text(directory / "text.txt", "".join(" ".join(line) + "\n" for line in lines))
 

@@ -8,7 +8,7 @@ from typing import Any
 from electra_wrap import checkpoints, files, subprocesses
 from electra_wrap.architecture import NETWORKS
 from electra_wrap.card import model_card
-from electra_wrap.data import corpus, vocab
+from electra_wrap.data import corpus, tokenization, vocab
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
 from electra_wrap.progress import warn
@@ -31,7 +31,7 @@ def export(run: Run, step: int, out: Path) -> dict[str, Any]:
     engine_of(run).export(run, step, out)
     tokens = vocab.read(run.vocabulary)
     for network in NETWORKS:
-        vocab.write_tokenizer(
+        tokenization.write_tokenizer(
             out / network,
             tokens,
             max_length=run.profile.model.max_seq_length,  # later positions were never trained
@@ -88,7 +88,7 @@ def from_tensorflow(
         configs = subprocesses.call("electra_wrap.weights", "to_transformers", job)
         for network in NETWORKS if tokens else ():
             vocab.refuse_other_size(vocabulary, tokens, configs[network]["vocab_size"])
-            vocab.write_tokenizer(
+            tokenization.write_tokenizer(
                 work / network,
                 tokens,
                 max_length=configs[network]["max_position_embeddings"],

@@ -98,9 +98,6 @@ def _corpus(run: Run) -> Values:
 #: Share of tokens beyond the longest example from which to warn.
 CUT_SHARE = 0.01
 
-#: Shares of [UNK] from which to warn, and from which there is nothing to learn.
-UNKNOWN_SHARE, UNKNOWN_SHARE_MAX = 0.01, 0.5
-
 
 def _vocab_inputs(run: Run) -> Values:
     settings = run.profile.tokenizer
@@ -141,27 +138,12 @@ def _vocab(run: Run) -> Values:
     if fit:
         share = f"{fit['unknown_share']:.3%} of them [UNK]"
         log(f"vocab: {fit['tokens_per_word']:.3f} tokens per word, {share}")
-        _judge_unknown(run, tokens, fit)
+        vocab.judge_unknown(tokens, fit, lowercase=settings.lowercase)
     if fit.get("cut_share", 0.0) > CUT_SHARE:
         share = f"{fit['cut_share']:.0%} of the tokens"
         warn(f"lines are longer than model.max_seq_length, which cuts {share}; use shorter lines")
     # Released weights may have more rows than there are tokens.
     return {"vocab_size": run.model.initial.get("vocab_size", len(tokens)), **fit}
-
-
-def _judge_unknown(run: Run, tokens: list[str], fit: dict[str, float]) -> None:
-    """Warn of too many [UNK], or raise UsageError, and say what they may come from."""
-    if fit["unknown_share"] <= UNKNOWN_SHARE:
-        return
-    fix = "the vocabulary does not fit the text; give another one"
-    if vocab.is_uncased(tokens) and not run.profile.tokenizer.lowercase:
-        fix = "the vocabulary has no upper-case letters; set tokenizer.lowercase = true"
-    elif fit["too_long_share"] > UNKNOWN_SHARE:
-        fix = f"words of more than {vocab.MAX_WORD_CHARACTERS} characters become one; divide them"
-    problem = f"{fit['unknown_share']:.0%} of the text's tokens are [UNK]; {fix}"
-    if fit["unknown_share"] > UNKNOWN_SHARE_MAX:
-        raise UsageError(problem)
-    warn(problem)
 
 
 # ---- examples

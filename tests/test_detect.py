@@ -13,12 +13,12 @@ import pytest
 from conftest import SPANISH, child
 
 from electra_wrap import detect, inference, subprocesses
-from electra_wrap.data import vocab
+from electra_wrap.data import tokenization
 
 Cli = Callable[..., Any]
 Results = list[dict[str, Any]]
 LETTERS = "abcdefghijklmnopqrstuvwxyzáéíñóúABCDELMNQ.,:¿?¡!—"
-TOKENS = [*vocab.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:32])]
+TOKENS = [*tokenization.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:32])]
 TOKENS += ["El", "Los", "niño", "una", "en", "de"]
 
 #: Special tokens, control characters, emoji, other scripts, long words, no tokens.
@@ -118,7 +118,9 @@ def test_only_masked_tokens_are_replaced(replaced: list[Results]) -> None:
         assert result["changed"] == [position for position, (a, b) in pairs if a != b]
         assert set(result["changed"]) <= set(result["masked"])
         assert len(tokens) == len(result["probabilities"]) == len(result["replaced"])
-        ordinary = [p for p, token in enumerate(original) if token not in vocab.SPECIAL_TOKENS]
+        ordinary = [
+            p for p, token in enumerate(original) if token not in tokenization.SPECIAL_TOKENS
+        ]
         share = max(1, round(0.15 * (len(original) + 2)))
         assert set(result["masked"]) <= set(ordinary)
         assert len(result["masked"]) == min(len(ordinary), share)

@@ -15,7 +15,7 @@ from test_sources import Server, server  # noqa: F401
 
 from electra_wrap import profiles
 from electra_wrap.card import model_card
-from electra_wrap.data import vocab
+from electra_wrap.data import tokenization, vocab
 from electra_wrap.engines import engine_of
 from electra_wrap.errors import UsageError
 from electra_wrap.pipeline import execute
@@ -320,7 +320,7 @@ def test_words_may_take_the_place_of_unused_tokens(
     unused = [*tokens[:298], "[unused1]", "[unused2]"]
     rules = learned.profile.tokenizer.normalization
     for network in NETWORKS:
-        vocab.write_tokenizer(models / network, unused, max_length=32, **rules)
+        tokenization.write_tokenizer(models / network, unused, max_length=32, **rules)
     (own := tmp_path / "own.txt").write_text("\n".join(tokens), encoding="utf-8")
     run = start(learned, tmp_path, models, f"tokenizer.source={own}")
     execute(run, until="vocab")

@@ -19,7 +19,7 @@ from conftest import SPANISH, TESTS, child, tiny
 from safetensors.numpy import load_file, save_file
 
 from electra_wrap import checkpoints, events, files, metrics, subprocesses, weights
-from electra_wrap.data import tfrecords, vocab
+from electra_wrap.data import tfrecords, tokenization, vocab
 from electra_wrap.errors import EnvironmentProblem, StageFailed, UsageError
 from electra_wrap.native import engine
 from electra_wrap.native.batches import Batches, Masking
@@ -45,7 +45,7 @@ def native(corpus: Path, directory: Path, *overrides: str, **options: Any) -> Ru
 def make_vocabulary(path: Path, *texts: str) -> list[str]:
     """Write a vocabulary of the characters of the texts, at the start and inside of words."""
     characters = sorted(set("".join(texts)) - {" ", "\n"})
-    tokens = [*vocab.SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters)]
+    tokens = [*tokenization.SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters)]
     path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
     return tokens
 
@@ -619,7 +619,7 @@ def test_compiled_model_has_the_same_loss(twelve: Trained, tmp_path: Path) -> No
 
 
 def batches_of(store: Path, batch_size: int, **options: int) -> Batches:
-    model, tokens = Model(max_seq_length=32), list(vocab.SPECIAL_TOKENS)
+    model, tokens = Model(max_seq_length=32), list(tokenization.SPECIAL_TOKENS)
     return Batches(Store(store), model, tokens, batch_size=batch_size, seed=5, **options)
 
 

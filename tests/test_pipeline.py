@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from electra_wrap import checkpoints, files, stages
-from electra_wrap.data.vocab import SPECIAL_TOKENS
+from electra_wrap.data.tokenization import SPECIAL_TOKENS
 from electra_wrap.errors import EnvironmentProblem, StageFailed, UsageError, convert
 from electra_wrap.monitor import Scalars
 from electra_wrap.pipeline import execute

@@ -24,7 +24,7 @@ import test_weights
 from conftest import SPANISH, child, git, tiny
 
 from electra_wrap import checkpoints, events, paths, subprocesses
-from electra_wrap.data import tfrecords, vocab
+from electra_wrap.data import tfrecords, tokenization, vocab
 from electra_wrap.errors import StageFailed, UsageError
 from electra_wrap.pipeline import execute
 from electra_wrap.profile import NETWORKS, Profile, toml
@@ -231,10 +231,10 @@ def test_transformers_gives_the_tokens_of_training(
     """Of random text. And each character of Unicode is kept, dropped, split, … as in training."""
     points = [*range(0x21, 0x3000), *range(0xAC00, 0xAC40), *range(0x4E00, 0x4E40)]
     characters = [chr(p) for p in [*points, *range(0x1F600, 0x1F610), 0xFFFD] if chr(p).strip()]
-    tokens = [*vocab.SPECIAL_TOKENS, "niño", "##ción", "pájaro", "Los", "los", "##ndo"]
+    tokens = [*tokenization.SPECIAL_TOKENS, "niño", "##ción", "pájaro", "Los", "los", "##ndo"]
     tokens += [*characters, *(f"##{c}" for c in characters)]
     rules = {"lowercase": lowercase, "strip_accents": strip_accents}
-    vocab.write_tokenizer(tmp_path, tokens, max_length=32, **rules)
+    tokenization.write_tokenizer(tmp_path, tokens, max_length=32, **rules)
     (tmp_path / "config.json").write_text('{"model_type": "electra"}', encoding="utf-8")
     random = Random(0)
     texts = ["".join(random.choices(random.choice(ALPHABETS), k=6)) for _ in range(8000)]
@@ -246,7 +246,7 @@ def test_transformers_gives_the_tokens_of_training(
     ours = json.loads(child("hf_tokens.py", tmp_path, stdin=json.dumps(texts), HF_HUB_OFFLINE="1"))
     assert ours["auto"] == theirs["tokens"] and ours["fast"][:10] == theirs["tokens"][:10]
     assert any("á" in token for token in itertools.chain(*ours["auto"][:10])) != strip_accents
-    tokenizer = vocab.build_tokenizer(tokens, **rules)
+    tokenizer = tokenization.build_tokenizer(tokens, **rules)
     normalized = map(tokenizer.normalizer.normalize_str, words)
     split = map(tokenizer.pre_tokenizer.pre_tokenize_str, normalized)
     found = [[word for word, _ in pair] for pair in split]
@@ -264,9 +264,9 @@ def test_ids_are_upstreams_whatever_the_lines_of_the_vocabulary(
     request = json.dumps([False, False, texts, []])
     theirs = json.loads(child("upstream_tokens.py", upstream, path, stdin=request))
     tokens = vocab.read(path)
-    encode = vocab.line_encoder(tokens, lowercase=False, strip_accents=False)
+    encode = tokenization.line_encoder(tokens, lowercase=False, strip_accents=False)
     assert [encode(text) for text in texts] == theirs["ids"]
-    assert [tokens.index(token) for token in vocab.SPECIAL_TOKENS] == theirs["special"]
+    assert [tokens.index(token) for token in tokenization.SPECIAL_TOKENS] == theirs["special"]
 
 
 def test_logits_of_upstreams_graph(upstream: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from conftest import child
 
 from electra_wrap import convert, subprocesses, weights
 from electra_wrap.checkpoints import find_prefix
-from electra_wrap.data import vocab
+from electra_wrap.data import tokenization
 from electra_wrap.errors import UsageError
 from electra_wrap.profile import NETWORKS, Shape
 
@@ -211,7 +211,7 @@ def test_convert_writes_models_and_a_tokenizer_and_back(
     cli: Any, converted: dict[str, Any], tmp_path: Path
 ) -> None:
     """Also where paths have characters that TensorFlow takes for a pattern."""
-    tokens = [*vocab.SPECIAL_TOKENS, *(f"w{i}" for i in range(VOCABULARY - 5))]
+    tokens = [*tokenization.SPECIAL_TOKENS, *(f"w{i}" for i in range(VOCABULARY - 5))]
     (tmp_path / "v.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     shutil.copytree(next(iter(converted)), tmp_path / "*[1]")
     cased = cli("convert", "*[1]", "--out", "cased", "--vocab", "v.txt")
@@ -284,7 +284,9 @@ BROKEN = [
 
 
 def test_unsuitable_checkpoints_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    (tmp_path / "other.txt").write_text("\n".join([*vocab.SPECIAL_TOKENS, "a"]), encoding="utf-8")
+    (tmp_path / "other.txt").write_text(
+        "\n".join([*tokenization.SPECIAL_TOKENS, "a"]), encoding="utf-8"
+    )
     cases = {tmp_path / str(number): case for number, case in enumerate(BROKEN)}
     values, written = variables(**SIZES["small"]), {}
     for directory, case in cases.items():

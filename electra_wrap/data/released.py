@@ -6,6 +6,7 @@ from pathlib import Path
 
 from electra_wrap import hub, subprocesses
 from electra_wrap.data import vocab
+from electra_wrap.data.tokenization import SPECIAL_TOKENS, line_encoder, text_steps
 from electra_wrap.errors import UsageError
 
 #: Bytes of text that are tokenized twice.
@@ -41,7 +42,7 @@ def refuse_difference(source: str, corpus: Path, log: Path, **normalization: boo
     if released is None:
         return
     sample = map(str.strip, vocab.sample(corpus, COMPARED_BYTES))
-    lines = [line for line in sample if not any(map(line.__contains__, vocab.SPECIAL_TOKENS))]
+    lines = [line for line in sample if not any(map(line.__contains__, SPECIAL_TOKENS))]
     job = {"path": str(released), "texts": lines}
     found = subprocesses.call("electra_wrap.inference", "read_tokenizer", job, log=log)
     for key, value in normalization.items():
@@ -49,8 +50,8 @@ def refuse_difference(source: str, corpus: Path, log: Path, **normalization: boo
             problem = f"tokenizer.{key} = {value}, but the tokenizer of {source} has {found[key]}"
             raise UsageError(f"{problem}; set tokenizer.{key}, or give another vocabulary")
     tokens = vocab.read(vocab.locate(source))
-    encode = vocab.line_encoder(tokens, **normalization)
-    normalizer, pre_tokenizer = vocab.text_steps(**normalization)
+    encode = line_encoder(tokens, **normalization)
+    normalizer, pre_tokenizer = text_steps(**normalization)
     for line, ids in zip(lines, found["ids"], strict=True):
         own = encode(line)
         if own == ids or any(c == "Σ" or unicodedata.category(c) == "Cn" for c in line):

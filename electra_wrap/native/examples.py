@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from electra_wrap import subprocesses
-from electra_wrap.data import vocab
+from electra_wrap.data import tokenization, vocab
 from electra_wrap.files import write_json
 from electra_wrap.profile import Profile
 from electra_wrap.progress import ProgressBar
@@ -187,4 +187,4 @@ def _build_part(
 @functools.cache
 def _line_encoder(vocabulary: Path, **normalization: bool) -> Callable[[str], list[int]]:
     """Return the encoder of lines, which shares its cache of words among a process's shards."""
-    return vocab.line_encoder(vocab.read(vocabulary), **normalization)
+    return tokenization.line_encoder(vocab.read(vocabulary), **normalization)

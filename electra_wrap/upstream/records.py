@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from electra_wrap import events, subprocesses
 from electra_wrap.data import tfrecords
-from electra_wrap.data.vocab import WordCache
+from electra_wrap.data.tokenization import WordCache
 
 # Most words can do without upstream's slow tokenizer. It leaves these characters of cased text as
 # they are: no control characters, no white space, and no scripts that it splits by character.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_wrap.data import vocab
+from electra_wrap.data import tokenization
 
 directory, length = Path(sys.argv[1]), int(sys.argv[2])
 vocabulary = sys.stdin.read().split()
@@ -33,5 +33,5 @@ for name, model_class, tokens in (
             model.discriminator_predictions.dense_prediction.bias -= median
     model.save_pretrained(directory / name)
     keys = {"lowercase": False, "strip_accents": False, "max_length": length}
-    vocab.write_tokenizer(directory / name, tokens, **keys)
+    tokenization.write_tokenizer(directory / name, tokens, **keys)
 shutil.copytree(directory / "discriminator", directory / "other" / "discriminator")
