@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -190,6 +191,24 @@ def test_transformers_tokenizes_as_in_training(
     assert " ".join(answer["auto"][0][:2]) == first and answer["fast"][0] == answer["auto"][0]
     assert answer["auto"][1][0] == "aa", "words have up to 200 characters, as upstream's"
     assert answer["auto"][2] == ["[UNK]"] and answer["max_length"] == 64
+    assert answer["saved"] == answer["auto"]
+    assert answer["saved_class"] == "ConvBertTokenizer", "a class that transformers 4 has, too"
+
+
+def test_final_sigma_is_that_of_python() -> None:
+    """In words of Greek letters, of cased characters, and of those that Unicode ignores there."""
+    normalizer = tokenization.build_tokenizer(GOOD, lowercase=True, strip_accents=False).normalizer
+    old = unicodedata.ucd_3_2_0  # later versions of Unicode do not agree on all marks
+    characters = [
+        c for c in map(chr, range(0x20000)) if c.isprintable() and old.category(c) != "Cn"
+    ]
+    seen_through = [c for c in characters if f"Α{c}Σ".lower().endswith("ς")]
+    alphabets, random = ("ΑΣσςά", "ΣΣ ", "^`'’.:·´\u0301\u0345", seen_through), Random(0)
+    assert len(seen_through) > 3000
+    for _ in range(20_000):
+        picked = random.choices(alphabets, k=random.randint(2, 14))
+        text = "".join(map(random.choice, picked))
+        assert normalizer.normalize_str(text) == text.lower()
 
 
 def test_vocabulary_is_fetched_from_a_hub(cli: Any, server: Server, tmp_path: Path) -> None:  # noqa: F811

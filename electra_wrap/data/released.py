@@ -6,7 +6,8 @@ from pathlib import Path
 
 from electra_wrap import hub, subprocesses
 from electra_wrap.data import vocab
-from electra_wrap.data.tokenization import SPECIAL_TOKENS, line_encoder, text_steps
+from electra_wrap.data.normalization import text_steps
+from electra_wrap.data.tokenization import SPECIAL_TOKENS, line_encoder
 from electra_wrap.errors import UsageError
 
 #: Bytes of text that are tokenized twice.

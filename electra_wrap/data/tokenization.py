@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from electra_wrap.data.normalization import text_steps
 from electra_wrap.files import write_json, write_text
 
 #: In the order of BERT's vocabularies. Upstream pads with id 0, whatever token that is.
@@ -49,13 +50,14 @@ def write_tokenizer(
 ) -> None:
     """Write vocab.txt and tokenizer files with which transformers gives text the ids of training.
 
-    The class is PreTrainedTokenizerFast, which uses tokenizer.json as it is. ElectraTokenizer would
-    rebuild its tokenizer from vocab.txt, with at most 100 characters a word.
+    Of BERT's tokenizer classes, which transformers 4 and 5 both have, ConvBertTokenizer alone uses
+    tokenizer.json as it is. The others rebuild their tokenizer in transformers 5, with at most 100
+    characters a word. What transformers 5 saves of PreTrainedTokenizerFast, 4 cannot load.
     """
     write_vocabulary(directory / "vocab.txt", tokens)
     write_text(directory / "tokenizer.json", build_tokenizer(tokens, **normalization).to_str())
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "ConvBertTokenizer",
         "do_lower_case": normalization["lowercase"],
         "strip_accents": normalization["strip_accents"],
         "tokenize_chinese_chars": True,
@@ -93,22 +95,3 @@ def build_tokenizer(tokens: list[str], **normalization: bool) -> Any:
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     tokenizer.add_special_tokens(special)
     return tokenizer
-
-
-def text_steps(*, lowercase: bool, strip_accents: bool) -> tuple[Any, Any]:
-    """Return the normalizer and the pre-tokenizer that equal upstream's BasicTokenizer."""
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
-    normalizer: Any = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
-    )
-    if lowercase:
-        # Python, and so upstream, lowercases a word's last sigma to its final form. BertNormalizer
-        # does not. Marks and apostrophes beside it do not count (Unicode 3.13, Final_Sigma). A
-        # lookbehind has a fixed length, so there is one for each number of them.
-        cased, ignored = r"[\p{Lu}\p{Ll}\p{Lt}]", r"[\p{M}\p{Cf}'’.:·]"
-        before = "|".join(f"(?<={cased}{ignored * number})" for number in range(5))
-        final_sigma = Regex(f"(?:{before})Σ(?!{ignored}*{cased})")
-        replace = normalizers.Replace(final_sigma, "ς")
-        normalizer = normalizers.Sequence([replace, normalizer])
-    return normalizer, pre_tokenizers.BertPreTokenizer()

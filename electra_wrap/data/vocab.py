@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from electra_wrap import files, hub
+from electra_wrap.data.normalization import text_steps
 from electra_wrap.data.tokenization import (
     MAX_WORD_CHARACTERS,
     SPECIAL_TOKENS,
     line_encoder,
-    text_steps,
     write_vocabulary,
 )
 from electra_wrap.errors import UsageError
