@@ -123,6 +123,9 @@ class TPUEstimator:
             spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
             metric_fn, tensors = spec.eval_metrics
             streaming = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
+            # Upstream's AUC counts padding, too, as easy tokens.
+            labels, found = _watched["disc_labels"], _watched["disc_probs"]
+            streaming["disc_token_auc"] = tf.metrics.auc(labels, found, _watched["input_mask"])
             values = {name: value for name, (value, _) in streaming.items()}
             values["global_step"] = tf.train.get_global_step()
             updates = [update for _, update in streaming.values()]
