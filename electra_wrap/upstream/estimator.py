@@ -34,6 +34,16 @@ SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
 ModeKeys = types.SimpleNamespace(TRAIN="train", EVAL="eval")
 
+
+class _NoEvents:
+    """Ignores CheckpointSaverHook's graph, which TensorBoard shows as a run without scalars."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+tf.summary.FileWriterCache.get = lambda directory: _NoEvents()
+
 #: Tensors of the graph, by upstream's names.
 _watched: dict[str, Any] = {}
 
