@@ -11,12 +11,16 @@ import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # `api` imports TensorFlow
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from electra_wrap.architecture import NETWORKS
 from electra_wrap.events import Evaluation, Event, Setup, Step
 from electra_wrap.progress import ProgressBar, log
 from electra_wrap.run import Run
@@ -45,6 +49,25 @@ class Scalars(contextlib.AbstractContextManager["Scalars"]):
 
     def __exit__(self, *error: object) -> None:
         self._writer.close()
+
+
+def _write_hyperparameters(run: Run) -> None:
+    """Write what TensorBoard's HParams tab compares, beside the evaluations."""
+    model, train = run.profile.model, run.profile.train
+    values: dict[str, Any] = {"engine": run.profile.engine, "vocab_size": run.vocab_size}
+    for network in NETWORKS:
+        for key in ("hidden_size", "num_hidden_layers"):
+            values[f"{network}.{key}"] = getattr(model.shape(network), key)
+    values |= {f"model.{key}": getattr(model, key) for key in ("mask_prob", "max_seq_length")}
+    for key in ("batch_size", "learning_rate", "seed", "steps", "warmup_steps", "weight_decay"):
+        values[f"train.{key}"] = getattr(train, key)
+    summary = hparams_pb(values, trial_id="")  # by default, runs with equal values are averaged
+    event = TensorBoardEvent(wall_time=time.time(), summary=summary)
+    directory = run.model_dir / "eval"
+    directory.mkdir(exist_ok=True)
+    # A file of its own, read first: TensorBoard keeps the first values, and train.steps may change.
+    with (directory / "events.out.tfevents.0.hparams").open("wb") as file:
+        RecordWriter(file).write(event.SerializeToString())
 
 
 def read_scalars(directory: Path, *, replaced: bool = False) -> dict[str, list[tuple[int, float]]]:
@@ -121,6 +144,7 @@ def _record_setup(run: Run, event: Setup) -> None:
 
 def record_evaluation(run: Run, event: Evaluation) -> None:
     """Record an evaluation in the manifest and for TensorBoard."""
+    _write_hyperparameters(run)
     with Scalars(run.model_dir / "eval") as scalars:
         scalars.write(event.step, event.scalars)
     run.model.evaluations[event.step] = {**event.scalars, "examples": event.examples}

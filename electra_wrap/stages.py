@@ -44,7 +44,7 @@ class Stage:
 
 # ---- corpus
 
-#: Share of bad lines from which the text is likely in another encoding.
+#: Share of bad lines from which the text is likely in another encoding or form.
 OTHER_ENCODING = 0.01
 
 #: Share of the held-out text in lines that the training text has, too, from which to warn.
@@ -85,6 +85,9 @@ def _corpus(run: Run) -> Values:
         warn("corpus.sha256 is checked only if corpus.max_lines leaves nothing out")
     if counts["invalid_utf8"] > counts["lines"] * OTHER_ENCODING:
         warn("the text seems to have another encoding; try: iconv -f LATIN1 -t UTF-8")
+    has_decomposed = counts["decomposed_lines"] > counts["lines"] * OTHER_ENCODING
+    if has_decomposed and not run.profile.tokenizer.strip_accents:
+        warn("decomposed accents become [UNK] or other tokens than é; try: uconv -x any-nfc")
     if settings.held_out and not counts["held_out_lines"]:
         warn("no text is held out, so the model is not evaluated; give more text")
     if (share := counts.get("held_out_seen_share", 0.0)) > SEEN_SHARE:

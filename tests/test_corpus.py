@@ -4,6 +4,7 @@ import bz2
 import gzip
 import os
 import signal
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,22 @@ def test_harmless_irregularities_are_always_repaired_and_counted(tmp_path: Path)
 def test_files_in_other_formats_are_refused(tmp_path: Path, encode: Any, message: str) -> None:
     with pytest.raises(UsageError, match=f"/t is {message}"):
         shard(tmp_path, [write(tmp_path / "t", encode("hola"))])
+
+
+@pytest.mark.parametrize("strip_accents", [False, True])
+def test_decomposed_accents_are_counted_and_kept(
+    tmp_path: Path, strip_accents: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a warning where they are other tokens than composed ones."""
+    lines = ["el pájaro", unicodedata.normalize("NFD", "el pájaro"), "el gato"]
+    path = write(tmp_path / "t", "\n".join(lines))
+    uncased = ("tokenizer.lowercase=true", "tokenizer.strip_accents=true")
+    profile = tiny(path, "corpus.held_out=0", *(uncased if strip_accents else ()))
+    run = Run(profile, tmp_path / "run")
+    execute(run, until="corpus")
+    assert run.results("corpus")["decomposed_lines"] == 1
+    assert list(corpus.lines(run.corpus)) == [f"{line}\n".encode() for line in lines]
+    assert ("warning: decomposed accents become [UNK]" in capsys.readouterr().err) != strip_accents
 
 
 def test_long_document_is_not_divided_between_training_and_held_out_text(tmp_path: Path) -> None:

@@ -40,6 +40,20 @@ def test_metrics_equal_those_of_tensorflow(tmp_path: Path) -> None:
     assert set(metrics.UPSTREAM.values()) - {"loss/total"} < set(expected)
 
 
+@pytest.mark.parametrize("padding", [0, 20])
+def test_auc_does_not_depend_on_padding(padding: int) -> None:
+    """Upstream's AUC does: a random discriminator looks better, the shorter the documents are."""
+    random, tally = np.random.default_rng(0), metrics.Tally()
+    inside = np.arange(10 + padding) < np.full((200, 1), 10)
+    replaced = (random.random(inside.shape) < 0.15) & inside
+    tally.add_generator(*np.ones((4, 1, 1)))
+    tally.add_discriminator(random.normal(size=inside.shape), replaced, inside)
+    values = tally.values()
+    assert values["discriminator/auc"] == pytest.approx(0.5, abs=0.03)
+    with_padding = values["discriminator/auc_with_padding"]
+    assert with_padding > 0.8 if padding else with_padding == values["discriminator/auc"]
+
+
 def test_metrics_are_finite_if_the_discriminator_finds_nothing() -> None:
     tally = metrics.Tally()
     tally.add_generator(*np.zeros((3, 2, 4)), np.ones((2, 4)))

@@ -1,13 +1,18 @@
 """TensorBoard scalars, evaluations, exported checkpoints and the report of a run."""
 
 import html
+import json
 import re
 import shutil
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard import program
 
 from electra_wrap import checkpoints, events, files, metrics, monitor, profiles, report, stages
 from electra_wrap.data import corpus
@@ -44,6 +49,54 @@ def test_tensorboard_reads_every_scalar(learned: Run) -> None:
     epochs = [event.value for event in reader.Scalars("progress/epochs")]
     examples = learned.results(learned.examples_record)["examples"]
     assert epochs == pytest.approx([4 * step / examples for step in range(1, 7)])
+
+
+class Server:
+    """TensorBoard's server, which reads the logs every second."""
+
+    def __init__(self, logdir: Path) -> None:
+        tensorboard = program.TensorBoard()
+        options = ["--logdir", str(logdir), "--port", "0", "--reload_interval", "1"]
+        tensorboard.configure(["tensorboard", *options, "--load_fast", "false"])
+        self._url = tensorboard.launch()
+
+    def get(self, path: str, **values: Any) -> Any:
+        body = json.dumps(values).encode() if values else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self._url}data/{path}", body, headers)
+        return json.load(urllib.request.urlopen(request))
+
+    def wait_for_rows(self, number: int, auc: float) -> dict[str, dict[str, Any]]:
+        """Return the rows of the HParams tab when there are so many and one has this AUC."""
+        query = {"startIndex": 0, "sliceSize": 9, "allowedStatuses": ["STATUS_UNKNOWN"]}
+        for _ in range(300):
+            groups = self.get("plugin/hparams/session_groups", **query, colParams=[])
+            rows = {group["name"]: group for group in groups["sessionGroups"]}
+            metrics = [metric for row in rows.values() for metric in row["metricValues"]]
+            found = [m["value"] for m in metrics if m["name"]["tag"] == "discriminator/auc"]
+            if len(rows) == number and pytest.approx(auc) in found:
+                return rows
+            time.sleep(0.2)
+        raise AssertionError(rows)
+
+
+def test_tensorboard_compares_runs(copied: Run) -> None:
+    """Also runs with equal settings, while they train, and after they trained longer."""
+    shutil.copytree(copied.directory, copied.directory.with_name("twin"))
+    server = Server(copied.directory.parent)
+    rows = server.wait_for_rows(2, copied.model.evaluations[6]["discriminator/auc"])
+    name, twin = "run/models/m/eval", "twin/models/m/eval"
+    assert set(rows) == {name, twin} and rows[name]["hparams"] == rows[twin]["hparams"]
+    hparams = rows[name]["hparams"]
+    assert hparams["engine"] == "native" and hparams["discriminator.hidden_size"] == 64
+    assert hparams["train.steps"] == 6 and hparams["train.learning_rate"] == 1e-3
+    run = Run(copied.profile.with_values({"train.steps": 7}), copied.directory)
+    scalars = {**run.model.evaluations[6], "discriminator/auc": 0.25}
+    monitor.record_evaluation(run, events.Evaluation(7, 8, scalars))
+    server.wait_for_rows(2, 0.25)
+    longer = Server(copied.directory.parent).wait_for_rows(2, 0.25)
+    assert [longer[run]["hparams"]["train.steps"] for run in (name, twin)] == [7, 6]
+    assert set(server.get("runs")) == set(server.get("plugin/scalars/tags")), "none without scalars"
 
 
 def test_evaluations_are_recorded_and_repeatable_without_a_gpu(

@@ -87,6 +87,12 @@ def test_tensorflow_optimizes_the_graph_without_errors(finished: Run) -> None:
     assert not re.search(errors, log, re.M)
 
 
+def test_tensorboard_has_no_run_of_the_graph(finished: Run) -> None:
+    """Without scalars, it would be a run of its own."""
+    logs = {path.parent.name for path in finished.model_dir.rglob("*tfevents*")}
+    assert logs == {"train", "eval"}
+
+
 def test_same_profile_gives_same_records_and_losses(
     finished: Run, corpus_text: Path, tmp_path: Path
 ) -> None:

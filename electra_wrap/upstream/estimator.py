@@ -34,6 +34,16 @@ SessionRunHook = tf.train.SessionRunHook
 SessionRunArgs = tf.train.SessionRunArgs
 ModeKeys = types.SimpleNamespace(TRAIN="train", EVAL="eval")
 
+
+class _NoEvents:
+    """Ignores CheckpointSaverHook's graph, which TensorBoard shows as a run without scalars."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+tf.summary.FileWriterCache.get = lambda directory: _NoEvents()
+
 #: Tensors of the graph, by upstream's names.
 _watched: dict[str, Any] = {}
 
@@ -123,6 +133,9 @@ class TPUEstimator:
             spec = self._build(ModeKeys.EVAL, input_fn, self._runtime["seed"])
             metric_fn, tensors = spec.eval_metrics
             streaming = {**metric_fn(*tensors), "loss": tf.metrics.mean(spec.loss)}
+            # Upstream's AUC counts padding, too, as easy tokens.
+            labels, found = _watched["disc_labels"], _watched["disc_probs"]
+            streaming["disc_token_auc"] = tf.metrics.auc(labels, found, _watched["input_mask"])
             values = {name: value for name, (value, _) in streaming.items()}
             values["global_step"] = tf.train.get_global_step()
             updates = [update for _, update in streaming.values()]

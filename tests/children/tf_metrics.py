@@ -31,7 +31,8 @@ metrics = {
     "discriminator/accuracy": accuracy(inside),
     "discriminator/precision": accuracy(inside * tf.cast(predicted, tf.float32)),
     "discriminator/recall": accuracy(inside * tf.cast(replaced, tf.float32)),
-    "discriminator/auc": tf.metrics.auc(replaced, tf.sigmoid(d["logits"]) * inside),
+    "discriminator/auc": tf.metrics.auc(replaced, tf.sigmoid(d["logits"]), inside),
+    "discriminator/auc_with_padding": tf.metrics.auc(replaced, tf.sigmoid(d["logits"]) * inside),
     "discriminator/replaced": tf.metrics.mean(tf.cast(replaced, tf.float32), inside),
 }
 with tf.Session() as session:
