@@ -33,7 +33,7 @@ def model_card(run: Run, network: Network, step: int) -> str:
     metrics = {
         name: evaluated[name]
         for name in UPSTREAM.values()
-        # The AUC with padding is high whatever was learned: not for those who compare models.
+        # With padding, the AUC is high for any model: it serves to compare with upstream alone.
         if math.isfinite(evaluated.get(name, math.nan)) and name != "discriminator/auc_with_padding"
     }
     return render(

@@ -246,9 +246,9 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{directory} has no model of transformers ({error}); correct it"
         ) from None
     words = tensors.get("electra.embeddings.word_embeddings.weight")
-    output = tensors.pop("generator_lm_head.weight", words)
+    output = tensors.pop("generator_lm_head.weight", None)
     positions = tensors.pop("electra.embeddings.position_ids", np.arange(1))
-    if not np.array_equal(output, words):
+    if output is not None and not np.array_equal(output, words):
         problem = f"{directory} has an output weight of its own, which neither engine has"
         raise UsageError(f"{problem}; give a model whose output weight is its word embeddings")
     if not np.array_equal(positions.ravel(), np.arange(positions.size)):

@@ -224,6 +224,9 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other embeddings": (
         lambda d: damage(d, lambda t: t[EMBEDDINGS].fill(1)), "has other embeddings than",
     ),
+    "NaN embeddings": (
+        lambda d: damage(d, lambda t: t[EMBEDDINGS].fill(np.nan)), "values .* not finite",
+    ),
     "untied head": (
         lambda d: damage(d, lambda t: t.update({HEAD: t[EMBEDDINGS] + 1})), "output weight of its",
     ),

@@ -14,7 +14,7 @@ from electra_wrap.errors import UsageError
 COMPARED_BYTES = 500_000
 
 #: Longer words are [UNK] for released tokenizers, but not for upstream's scripts.
-MAX_WORD_CHARACTERS = 100
+COMPARED_WORD_CHARACTERS = 100
 
 
 def find_tokenizer(source: str) -> Path | None:
@@ -58,7 +58,7 @@ def refuse_difference(source: str, corpus: Path, log: Path, **normalization: boo
         if own == ids or any(c == "Σ" or unicodedata.category(c) == "Cn" for c in line):
             continue
         words = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(line))
-        if all(len(word) <= MAX_WORD_CHARACTERS for word, _ in words):
+        if all(len(word) <= COMPARED_WORD_CHARACTERS for word, _ in words):
             pairs = itertools.takewhile(
                 lambda pair: pair[0] == pair[1], zip(own, ids, strict=False)
             )
